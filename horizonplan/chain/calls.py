@@ -1,0 +1,138 @@
+"""Take over module calls for the length of a ``with`` block, and keep side effects out of it.
+
+``nn.Module.__call__`` looks up ``_compiled_call_impl`` on the instance before anything else, so an
+entry there sees the arguments that the model itself passes, before any hook fires, and decides
+whether (and how often) the module really runs. ``forward`` and the hooks are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Original = Callable[..., Any]
+Handler = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
+
+_ENTRY = "_compiled_call_impl"
+_MISSING = object()
+
+
+@contextmanager
+def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """Route ``module(*args, **kwargs)`` to ``handlers[module](original, args, kwargs)``; always restored."""
+    saved = {module: module.__dict__.get(_ENTRY, _MISSING) for module in handlers}
+    try:
+        for module, handler in handlers.items():
+            entry = saved[module]
+            original = module._call_impl if entry is _MISSING or entry is None else entry
+            module.__dict__[_ENTRY] = _Entry(handler, getattr(original, "original", original))
+        yield
+    finally:
+        for module, entry in saved.items():
+            if entry is _MISSING:
+                module.__dict__.pop(_ENTRY, None)
+            else:
+                module.__dict__[_ENTRY] = entry
+
+
+class _Entry:
+    """A handler in place of a call; a second ``intercept`` inside finds the model's own call behind it."""
+
+    def __init__(self, handler: Handler, original: Original) -> None:
+        self.handler, self.original = handler, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handler(self.original, args, kwargs)
+
+
+@contextmanager
+def scratch_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the modules work on copies of their own buffers (children not included); the real ones come back."""
+    saved = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    try:
+        for owner, name, buffer in saved:
+            owner[name] = buffer.clone()
+        yield
+    finally:
+        for owner, name, buffer in saved:
+            owner[name] = buffer
+
+
+@contextmanager
+def regrouped(container: nn.Module | None, groups: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Give an ``nn.Sequential`` other children for a while (groups of its own ones)."""
+    if container is None:
+        yield
+        return
+    children = container._modules
+    try:
+        container._modules = dict(groups)
+        yield
+    finally:
+        container._modules = children
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Switch ``config.use_cache`` off: a key/value cache is of no use in training and would outlive the graphs."""
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def rng_devices(model: nn.Module) -> list[int]:
+    """CUDA devices whose random state the model's operations may advance."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+class Ambient:
+    """The autocast state at one moment, to run something under it later (or with autocast off)."""
+
+    def __init__(self) -> None:
+        kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        self.states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self.cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def restored(self, cache: bool = True) -> Iterator[None]:
+        """Run under this state. ``cache=False``: no cast of a weight outlives one operation."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.states:
+                if enabled or torch.is_autocast_enabled(kind):
+                    caching = self.cache and cache
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=caching))
+            yield
+
+    @staticmethod
+    @contextmanager
+    def off() -> Iterator[None]:
+        """Run without autocast, as backward passes should."""
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+
+
+def quiet(model: nn.Module) -> ExitStack:
+    """A context for trial forwards: random state, buffers and cache flags are as before when it ends."""
+    stack = ExitStack()
+    stack.enter_context(torch.random.fork_rng(devices=rng_devices(model)))
+    stack.enter_context(scratch_buffers(model.modules()))
+    stack.enter_context(without_cache(model))
+    return stack
+
+
+def handler(function: Callable[..., Any], *bound: Any) -> Handler:
+    """Bind leading arguments of a handler (a block's index, say)."""
+    return partial(function, *bound)

@@ -1,0 +1,259 @@
+"""What the cheapest acceptable plan is, and the brute force that finds it (Algorithm 1, lines 17-18).
+
+Source: "Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive Control", Section 4. An
+objective is minimised over rows that carry a loss-decrease rate r (1: as fast as back-propagation) and peak bytes M.
+Note: Eq. 17 and 18 print ``max``; the prose and Algorithm 1 mean ``min``, and so does this module.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, ClassVar
+
+from horizonplan.cost import Cost, as_cost
+from horizonplan.rows import Row
+from horizonplan.units import format_bytes, parse_bytes
+
+_RATE_TOLERANCE = 1e-12  # so that a rate of exactly 1 - epsilon, computed in another way, counts as reached
+
+
+class Objective(ABC):
+    """What to minimise, and subject to what. Subclass it to plug in your own."""
+
+    remedy: ClassVar[str] = "relax the objective or offer more candidates"
+
+    @abstractmethod
+    def value(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float | None:
+        """What is minimised; None where it cannot be known (``rate`` may be None), and the row is infeasible."""
+
+    @abstractmethod
+    def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
+        """How far the constraint is missed, relative to what it asks; 0.0 where it holds."""
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the best by {type(self).__name__}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values; of a user's own only the name."""
+        return {"kind": "custom", "name": type(self).__name__}
+
+
+@dataclass(frozen=True)
+class AccuracyConstraint(Objective):
+    r"""Minimise :math:`C(M)` subject to :math:`r \ge 1 - \epsilon` (Eq. 17).
+
+    Attributes:
+        epsilon: The loss of rate that is acceptable, in [0, 1).
+
+    Example:
+        >>> rows = [Row(horizon=h, memory_bytes=100 * h, rate=1 - (1 - h / 4) ** 3) for h in (1, 2, 3, 4)]
+        >>> select(rows, AccuracyConstraint(epsilon=0.1)).horizon
+        3
+    """
+
+    epsilon: float = 0.1
+    remedy: ClassVar[str] = "raise epsilon, or measure more horizons and batches"
+
+    def __post_init__(self) -> None:
+        _check("epsilon", self.epsilon, end=1)
+
+    def value(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float | None:
+        """The cost."""
+        return None if rate is None else cost
+
+    def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
+        """The missing rate as a part of the rate asked for."""
+        if rate is None:
+            return math.inf
+        missing = (1 - self.epsilon) - rate
+        return missing / (1 - self.epsilon) if missing > _RATE_TOLERANCE else 0.0
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the cheapest with a rate of at least {1 - self.epsilon:g} of back-propagation's"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values."""
+        return {"kind": "accuracy", "epsilon": self.epsilon}
+
+
+@dataclass(frozen=True)
+class Weighted(Objective):
+    r"""Minimise :math:`-r + \lambda C(M)` (Eq. 18).
+
+    Attributes:
+        lam: The weight :math:`\lambda` of one unit of cost against one unit of rate; finite, >= 0.
+
+    Example:
+        >>> rows = [Row(horizon=h, memory_bytes=100 * h, rate=1 - (1 - h / 4) ** 3) for h in (1, 2, 3, 4)]
+        >>> select(rows, Weighted(lam=0.5)).horizon
+        2
+    """
+
+    lam: float = 0.5
+    remedy: ClassVar[str] = "measure a rate for at least one candidate"
+
+    def __post_init__(self) -> None:
+        _check("lam", self.lam, end=math.inf)
+
+    def value(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float | None:
+        """The weighted sum."""
+        return None if rate is None else -rate + self.lam * cost
+
+    def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
+        """Nothing is asked but that the rate be known."""
+        return math.inf if rate is None else 0.0
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the least of {self.lam:g} x cost minus rate"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values."""
+        return {"kind": "weighted", "lam": self.lam}
+
+
+@dataclass(frozen=True)
+class MemoryLimit(Objective):
+    """Take the largest horizon that fits into a given memory (Section 4).
+
+    Attributes:
+        limit: Bytes, or ``"24GiB"``; kept as bytes.
+
+    Example:
+        >>> rows = [Row(horizon=h, memory_bytes=100 * h) for h in (1, 2, 3, 4)]
+        >>> select(rows, MemoryLimit(350)).horizon
+        3
+    """
+
+    limit: int | str
+    remedy: ClassVar[str] = "raise limit, use smaller batches, or let recomputing candidates in"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", self.limit_bytes)
+
+    @property
+    def limit_bytes(self) -> int:
+        """The limit in bytes."""
+        return parse_bytes(self.limit, "limit")
+
+    def value(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float | None:
+        """Minus the horizon."""
+        return -float(horizon)
+
+    def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
+        """The excess bytes as a part of the limit."""
+        return max(0, memory_bytes - self.limit_bytes) / self.limit_bytes
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the largest horizon within {format_bytes(self.limit_bytes)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values."""
+        return {"kind": "memory", "limit_bytes": self.limit_bytes}
+
+
+class InfeasibleError(ValueError):
+    """No candidate meets the objective.
+
+    Attributes:
+        nearest: The candidate that misses it by least.
+    """
+
+    def __init__(self, message: str, nearest: Row) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+    def __reduce__(self) -> tuple[type["InfeasibleError"], tuple[str, Row]]:
+        return type(self), (str(self), self.nearest)  # so that it survives the way out of a child process
+
+
+def from_dict(data: Mapping[str, Any]) -> Objective:
+    """Read what ``to_dict`` wrote. Raises ValueError for a user's own objective: files store no code."""
+    match data.get("kind"):
+        case "accuracy":
+            return AccuracyConstraint(data["epsilon"])
+        case "weighted":
+            return Weighted(data["lam"])
+        case "memory":
+            return MemoryLimit(data["limit_bytes"])
+        case kind:
+            raise ValueError(f"kind={kind!r} is no stored objective; give 'accuracy', 'weighted' or 'memory'")
+
+
+def evaluate(rows: Iterable[Row], objective: Objective, cost: Cost | None = None) -> tuple[Row, ...]:
+    """Fill in cost, objective and feasible of every row, references included.
+
+    Args:
+        rows: The table.
+        objective: What to minimise.
+        cost: Price of a number of bytes; None: linear, and any node memory left open is the table's largest.
+
+    Raises:
+        ValueError: If there are no rows, or the cost function returns no finite price.
+    """
+    if not (rows := tuple(rows)):
+        raise ValueError("rows=() leaves nothing to choose from; give at least one Row")
+    price = as_cost(cost, max(1, *(row.memory_bytes for row in rows)))
+    return tuple(_evaluated(row, objective, float(price(row.memory_bytes))) for row in rows)
+
+
+def select(rows: Iterable[Row], objective: Objective, cost: Cost | None = None) -> Row:
+    """Return the row of least objective, evaluated, among the feasible ones that are no references.
+
+    Rows whose objectives are exactly equal are ranked by fewer FLOPs (unknown ones last), higher rate, smaller
+    horizon, smaller stride, and last fewer bytes.
+
+    Arguments are those of ``evaluate``.
+
+    Raises:
+        InfeasibleError: If no candidate meets the objective; its ``nearest`` misses by least.
+        ValueError: If there are no candidates.
+
+    Example:
+        >>> select([Row(horizon=1, memory_bytes=100, rate=0.4)], AccuracyConstraint(epsilon=0.25))
+        Traceback (most recent call last):
+        horizonplan.objective.InfeasibleError: no candidate is feasible for the cheapest with a rate of at least 0.75 \
+of back-propagation's; the nearest, horizon 1 and stride 1, has rate 0.4 and needs 100 B: raise epsilon, or measure \
+more horizons and batches
+    """
+    candidates = [row for row in evaluate(rows, objective, cost) if not row.reference]
+    if not candidates:
+        raise ValueError("rows hold references only; give at least one Row with reference=False")
+    if feasible := [row for row in candidates if row.feasible]:
+        return min(feasible, key=_rank)
+    nearest = min(candidates, key=lambda row: (_shortfall(row, objective), *_rank(row)))
+    rate = "unknown" if nearest.rate is None else f"{nearest.rate:.4g}"
+    raise InfeasibleError(
+        f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
+        f"{nearest.stride}, has rate {rate} and needs {format_bytes(nearest.memory_bytes)}: {objective.remedy}",
+        nearest,
+    )
+
+
+def _evaluated(row: Row, objective: Objective, cost: float) -> Row:
+    if not math.isfinite(cost):
+        raise ValueError(f"cost returned {cost} for {row.memory_bytes} bytes; let it return a finite price")
+    row = replace(row, cost=cost)
+    value = objective.value(row.rate, cost, row.memory_bytes, row.horizon)
+    return replace(row, objective=value, feasible=value is not None and _shortfall(row, objective) == 0.0)
+
+
+def _shortfall(row: Row, objective: Objective) -> float:
+    assert row.cost is not None  # evaluate() has filled it in
+    return objective.shortfall(row.rate, row.cost, row.memory_bytes, row.horizon)
+
+
+def _rank(row: Row) -> tuple[float, ...]:
+    slowness = None if row.rate is None else -row.rate
+    ranks = (row.objective, row.flops, slowness, row.horizon, row.stride, row.memory_bytes)
+    return tuple(math.inf if rank is None else rank for rank in ranks)
+
+
+def _check(name: str, value: object, end: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < end:
+        raise ValueError(f"{name}={value!r} is out of range; give a number in [0, {end:g})")

@@ -1,0 +1,99 @@
+"""M(h), measured: the peak bytes of one full training step at steady state."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from horizonplan.batch import nbytes, tensors
+from horizonplan.chain import Chain
+from horizonplan.gradient import horizon_backward
+from horizonplan.probes.cuda import nvml_bytes
+from horizonplan.probes.sample import Sample
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
+from horizonplan.probes.tracker import LiveBytes, own_bytes
+from horizonplan.schedule import Schedule
+
+Stride = int | str
+
+
+def stride_of(stride: Stride, horizon: int) -> int:
+    """A stride, ``"horizon"`` standing for disjoint windows.
+
+    Raises:
+        ValueError: it is neither a whole number in 1..horizon nor ``"horizon"``.
+    """
+    if stride == "horizon":
+        return horizon
+    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= horizon:
+        raise ValueError(f"stride={stride!r}: give a whole number between 1 and horizon={horizon}, or 'horizon'.")
+    return stride
+
+
+def memory(
+    chain: Chain,
+    batches: Iterable[Any],
+    horizons: Sequence[int],
+    strides: Sequence[Stride] = (1,),
+    optimizer: Optimize | None = None,
+    recompute: int = 0,
+) -> list[Sample]:
+    """Measure M(h) on the largest of the batches (Eq. 11's left side, for any stride).
+
+    On CPU the tracker's peak over a step (``zero_grad(set_to_none=True)``, backward, optimiser step)
+    plus the bytes alive at its start (parameters, buffers, optimiser state, batch), exact and
+    repeatable. On CUDA ``max_memory_allocated``, with NVML's process bytes in the detail.
+
+    Returns:
+        One sample in bytes for each horizon and stride. The model is left bit for bit as it was.
+    """
+    batch = max(batches, key=nbytes)
+    samples = []
+    with restored(chain, weights=True):
+        made = optimizer_for(trainable(chain), optimizer)
+        for horizon in horizons:
+            for stride in dict.fromkeys(stride_of(s, horizon) for s in strides):
+                schedule = Schedule.horizon(chain.depth, horizon, stride, recompute)
+                value, detail = _peak(chain, batch, schedule, made)
+                samples.append(Sample("memory", "bytes", horizon, stride, value, detail=detail))
+    return samples
+
+
+def step(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """One full training step; returns the terminal loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = horizon_backward(chain, batch, schedule)
+    optimizer.step()
+    return loss
+
+
+def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    step(chain, batch, schedule, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if chain.device.type != "cuda":
+        base = own_bytes(list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state), list(tensors(batch)))
+        with LiveBytes() as tracker:
+            step(chain, batch, schedule, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return base + tracker.peak, {"how": "live storages", "base_bytes": base}
+    device = chain.device
+    step(chain, batch, schedule, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(chain, batch, schedule, optimizer)
+    torch.cuda.synchronize(device)
+    seen = nvml_bytes(device)
+    detail = {
+        "how": "max_memory_allocated",
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "nvml_bytes": seen.bytes,
+        "nvml": seen.reason,
+    }
+    peak = torch.cuda.max_memory_allocated(device)
+    optimizer.zero_grad(set_to_none=True)
+    return peak, detail

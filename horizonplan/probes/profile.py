@@ -1,0 +1,406 @@
+"""Measure once what each kind of operation costs on each block: bytes, FLOPs, seconds.
+
+A *drill* is a list of operations like a schedule's, executed by the same engine: every block runs
+once, and before the model goes on its cotangent is pulled through it in every way that a schedule
+may ask for. At most one block's graph is alive, so models that do not fit can be profiled.
+:mod:`horizonplan.predict` folds any schedule over the result.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horizonplan.batch import tensors
+from horizonplan.chain import Chain
+from horizonplan.gradient import HEAD, STEM, Step, execute
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
+from horizonplan.probes.tracker import Flops, LiveBytes, own_bytes
+from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run, Schedule
+
+Key = tuple[Any, ...]
+
+
+def key_of(op: Op, fresh: bool = False, last: bool = False) -> Key:
+    """What an operation's cost depends on.
+
+    ``fresh``: a weight pull whose gradients do not exist yet; ``last``: the last pull of a block, which
+    may free what the model did before it.
+    """
+    if isinstance(op, Pull):
+        return ("pull", op.t, op.weights, op.input, op.keep, fresh and op.weights, last)
+    if isinstance(op, Loss):
+        return ("loss", op.end, op.final)
+    return ("run", op.t, op.graph) if isinstance(op, Run) else ("rerun", op.t)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One operation's peak over the bytes alive when it begins, and its FLOPs."""
+
+    peak_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured costs of one model on one batch.
+
+    ``state[t]`` and ``cotangent[t]`` are bytes of x(t) and its gradient; the model itself holds x(t)
+    until turn ``released[t]`` begins (``depth``: the head, ``depth + 1``: its forward's end). Of block t, ``graph[t]`` are the bytes its graph holds
+    besides states, ``before[t]`` those of what the model does before it (the stem's graph, for block
+    0), ``arrival[t]`` those of its own input where that is not x(t), ``lasting[t]`` those that stay
+    until the forward ends. ``gradients[g]`` lists (parameter, bytes) for group g: a block, HEAD or
+    STEM. ``base_bytes`` counts parameters, buffers, optimiser state and batch, ``update_bytes`` the
+    optimiser step's peak over the gradients.
+    """
+
+    depth: int
+    stem_trains: bool
+    trainable: tuple[bool, ...]
+    state: tuple[int, ...]
+    cotangent: tuple[int, ...]
+    released: tuple[int, ...]
+    graph: tuple[int, ...]
+    before: tuple[int, ...]
+    arrival: tuple[int, ...]
+    lasting: tuple[int, ...]
+    result_bytes: int
+    gradients: dict[int, tuple[tuple[int, int], ...]]
+    costs: dict[Key, OpCost]
+    seconds: dict[Key, float] = field(default_factory=dict)
+    base_bytes: int = 0
+    update_bytes: int = 0
+    update_seconds: float = 0.0
+
+    def ops(self, schedule: Schedule) -> list[Op]:
+        """The operations of a schedule on this model: what is frozen is left out."""
+        return list(schedule.ops(self.stem_trains, self.trainable))
+
+
+def profile(chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats: int = 3) -> Profile:
+    """Profile a chain on one batch; model, optimiser, random state and mode are left as they were.
+
+    Args:
+        chain: the model, on the device to be measured.
+        batch: a batch on that device; bytes and seconds are for its size.
+        optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW. Its state and
+            its step's temporaries count as part of a training step.
+        repeats: timed drills, of which the medians are taken; 0 leaves the seconds empty.
+    """
+    with restored(chain):
+        execute(chain, batch, Schedule.horizon(chain.depth, 1).ops(chain.stem_trains, chain.trainable))
+        result = _measure_bytes(chain, batch)
+        times: dict[Key, list[float]] = defaultdict(list)
+        for _ in range(repeats):
+            for ops in (_drill(chain, [True], [True]), _plain(chain)):
+                execute(chain, batch, ops, observer=_Clock(chain, times), gather=False)
+                _clear(chain)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    with restored(chain, weights=True):
+        return replace(result, seconds=medians, **_update(chain, batch, optimizer, repeats))
+
+
+def _drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> list[Op]:
+    """Every block once, and every way to pull through it; the graph is rebuilt where a pull used it up."""
+    ops: list[Op] = []
+    for t in range(chain.depth):
+        ops += [Run(t, graph=True), Loss(t + 1, final=False)]
+        pulls = [
+            Pull(t, weights, wanted, keep)
+            for keep in keeps
+            for weights, wanted in ((True, True), (True, False), (False, True))
+            if (chain.trainable[t] or not weights) and (t > 0 or chain.stem_trains or not wanted)
+            for _ in (freshes if weights else [True])
+        ]
+        for i, pull in enumerate(pulls):
+            if i and _trains_before(chain, t):
+                ops.append(Loss(t + 1, final=False))
+            ops.append(pull)
+            if not pull.keep and i + 1 < len(pulls):
+                ops.append(Rerun(t))
+        if pulls and pulls[-1].keep:
+            ops += [Loss(t + 1, final=False)] * _trains_before(chain, t)
+            ops.append(replace(pulls[-1], keep=False))
+        ops.append(Drop(t))
+    return [*ops, Loss(chain.depth, final=True), Drop(chain.depth)]
+
+
+def _last_pulls(chain: Chain, weights: bool, wanted: bool) -> list[Op]:
+    """One pull through every block that has something to train before it."""
+    ops: list[Op] = []
+    for t in range(chain.depth):
+        legal = (chain.trainable[t] or not weights) and (t > 0 or chain.stem_trains or not wanted)
+        if _trains_before(chain, t) and legal:
+            ops += [Run(t, graph=True), Loss(t + 1, final=False), Pull(t, weights, wanted, keep=False), Drop(t)]
+        else:
+            ops += [Run(t, graph=False), Drop(t)]
+    return [*ops, Loss(chain.depth, final=True), Drop(chain.depth)]
+
+
+def _trains_before(chain: Chain, t: int) -> bool:
+    """Whether a pull through block ``t`` may go on through what the model does before it."""
+    return any(p.requires_grad for p in chain.layout.before[t]) or (t > 0 and chain.layout.glue)
+
+
+def _plain(chain: Chain) -> list[Op]:
+    """Every block once without a graph."""
+    runs = [op for t in range(chain.depth) for op in (Run(t, graph=False), Drop(t))]
+    return [*runs, Loss(chain.depth, final=True), Drop(chain.depth)]
+
+
+def _clear(chain: Chain) -> None:
+    for p in chain.parameters():
+        p.grad = None
+
+
+class _Driller:
+    """Feeds every pull of a drill its block's cotangent, and alternates fresh and present gradients.
+
+    A cotangent is kept for the block's next pull, except where the pull goes on through a stem: there
+    it must be free to go when the engine lets go of it, so the drill has a loss before each pull.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.cotangent: Tensor | None = None
+        self.pulls: dict[Key, int] = defaultdict(int)
+        self.fresh = True
+
+    def begin(self, op: Op, step: Step) -> None:
+        if not isinstance(op, Pull):
+            return
+        if self.cotangent is not None:
+            step.cotangents[op.t + 1] = self.cotangent
+        if step.place == step.last_pull[op.t]:
+            self.cotangent = None
+        place = key_of(op)
+        self.fresh = op.weights and self.pulls[place] % 2 == 0
+        self.pulls[place] += 1
+        if self.fresh:
+            _clear(self.chain)
+
+    def arrive(self, op: Op, step: Step) -> None:
+        pass
+
+    def end(self, op: Op, step: Step) -> None:
+        if isinstance(op, Loss) and not op.final and not _trains_before(self.chain, op.end - 1):
+            self.cotangent = step.cotangents[op.end]
+        if isinstance(op, Pull):
+            step.cotangents.pop(op.t, None)
+        if isinstance(op, Drop):
+            self.cotangent = None
+            step.cotangents.clear()
+            if op.state < self.chain.depth:
+                _clear(self.chain)
+
+
+class _Clock(_Driller):
+    """Seconds of each operation."""
+
+    def __init__(self, chain: Chain, times: dict[Key, list[float]]) -> None:
+        super().__init__(chain)
+        self.times = times
+        self.start = 0.0
+
+    def begin(self, op: Op, step: Step) -> None:
+        super().begin(op, step)
+        self.start = self._now()
+
+    def end(self, op: Op, step: Step) -> None:
+        elapsed = self._now() - self.start
+        if not isinstance(op, Drop):
+            key = key_of(op)
+            self.times[key[:4] if isinstance(op, Pull) else key].append(elapsed)
+        super().end(op, step)
+
+    def _now(self) -> float:
+        if self.chain.device.type == "cuda":
+            torch.cuda.synchronize(self.chain.device)
+        return time.perf_counter()
+
+
+@dataclass
+class _Turn:
+    """Live bytes at one turn's landmarks; the last turn is the head's."""
+
+    begin: int = 0
+    arrive: int = 0
+    end: int = 0
+    peak: int = 0
+    peak_after: int = 0
+    flops: int = 0
+    arrival: int = 0
+    x_key: int = 0
+    x_bytes: int = 0
+    released: int = 0
+
+
+class _Bytes(_Driller):
+    """Bytes and FLOPs of each operation, and live bytes at every turn's landmarks."""
+
+    def __init__(self, chain: Chain, tracker: LiveBytes, flops: Flops) -> None:
+        super().__init__(chain)
+        self.tracker, self.counter = tracker, flops
+        self.turns = [_Turn(released=chain.depth + 1) for _ in range(chain.depth + 1)]
+        self.costs: dict[Key, OpCost] = {}
+        self.gradients: dict[int, tuple[tuple[int, int], ...]] = {}
+        self.cotangents: dict[int, int] = {}
+        self.live = self.flops_before = 0
+        self.index = {id(p): i for i, p in enumerate(chain.parameters())}
+
+    def begin(self, op: Op, step: Step) -> None:
+        super().begin(op, step)
+        self.live, self.flops_before = self.tracker.live, self.counter.total
+        if (place := self._place(op)) is not None:
+            self.turns[place].begin = self.live
+            self._note_released(place - 1, place - 1)
+            if place == self.chain.depth:
+                self.tracker.before_next = lambda: self._note_released(place, place - 1)
+        self.tracker.reset_peak()
+
+    def arrive(self, op: Op, step: Step) -> None:
+        if (place := self._place(op)) is not None:
+            turn = self.turns[place]
+            turn.arrive = self.tracker.live
+            if place < self.chain.depth:
+                self._note_released(place, place - 1)
+            else:
+                turn.peak = self.tracker.peak
+                self.tracker.reset_peak()
+
+    def end(self, op: Op, step: Step) -> None:
+        tracker = self.tracker
+        flops = self.counter.total - self.flops_before
+        if (place := self._place(op)) is not None:
+            turn = self.turns[place]
+            turn.end, turn.flops, turn.peak_after = tracker.live, flops, tracker.peak
+            if isinstance(op, Run):
+                turn.peak = tracker.peak
+                self._note_states(op.t, step)
+        elif not isinstance(op, Drop):
+            last = isinstance(op, Pull) and step.place - 1 == step.last_pull[op.t]
+            cost = OpCost((tracker.peak or self.live) - self.live, flops)
+            self.costs[key_of(op, self.fresh, last)] = cost
+        self._note_gradients(op, step)
+        super().end(op, step)
+
+    def _place(self, op: Op) -> int | None:
+        if isinstance(op, Run):
+            return op.t
+        return self.chain.depth if isinstance(op, Loss) and op.final else None
+
+    def _note_released(self, turn: int, upto: int) -> None:
+        """States up to x(upto) that are gone by now were released in this turn at the latest."""
+        for state in self.turns[: upto + 1]:
+            if not self.tracker.alive(state.x_key):
+                state.released = min(state.released, turn)
+
+    def _note_states(self, t: int, step: Step) -> None:
+        for u in (t, t + 1):
+            x = step.states[u]
+            self.turns[u].x_key, self.turns[u].x_bytes = self.tracker.key_of(x), self.tracker.bytes_of(x)
+        if self.turns[t].x_key == self.turns[t + 1].x_key:
+            self.turns[t + 1].x_bytes = 0
+        if t > 0 and t in step.arrivals:
+            key = self.tracker.key_of(step.arrivals[t].given)
+            self.turns[t].arrival = 0 if key == self.turns[t].x_key else self.tracker.bytes_of(step.arrivals[t].given)
+
+    def _note_gradients(self, op: Op, step: Step) -> None:
+        end = op.end if isinstance(op, Loss) else op.t if isinstance(op, Pull) else -1
+        if end in step.cotangents:
+            self.cotangents[end] = self.tracker.bytes_of(step.cotangents[end])
+        layout = self.chain.layout
+        if isinstance(op, Loss) and op.final:
+            self.gradients[HEAD] = self._made(layout.head)
+        elif isinstance(op, Pull) and op.weights and self.fresh:
+            self.gradients[op.t] = self._made([*layout.block[op.t], *(layout.before[op.t] if op.t else [])])
+        if isinstance(op, Pull) and op.t == 0 and op.input:
+            self.gradients[STEM] = self._made(layout.before[0])
+
+    def _made(self, parameters: list[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+        return tuple((self.index[id(p)], self.tracker.bytes_of(p.grad)) for p in parameters if p.grad is not None)
+
+    def let_go(self, turn: int) -> int:
+        """Bytes that the model lets go of when a turn begins."""
+        states = sum(x.x_bytes for t, x in enumerate(self.turns) if x.released == turn and t < turn)
+        return states + (self.turns[turn - 1].arrival if turn > 0 else 0)
+
+
+def _observe(chain: Chain, batch: Any, ops: list[Op]) -> _Bytes:
+    gc.collect()
+    with LiveBytes() as tracker, Flops() as counter:
+        observed = _Bytes(chain, tracker, counter)
+        execute(chain, batch, ops, observer=observed, gather=False)
+    _clear(chain)
+    return observed
+
+
+def _measure_bytes(chain: Chain, batch: Any) -> Profile:
+    depth = chain.depth
+    full = _observe(chain, batch, _drill(chain, [True, False], [True, False]))
+    plain = _observe(chain, batch, _plain(chain))
+    costs = dict(full.costs)
+    for weights, wanted in ((True, True), (True, False), (False, True)):
+        costs |= {k: c for k, c in _observe(chain, batch, _last_pulls(chain, weights, wanted)).costs.items() if k[0] == "pull"}
+    for observed, with_graph in ((plain, False), (full, True)):
+        for t, turn in enumerate(observed.turns):
+            start = turn.begin - observed.let_go(t)
+            costs["run" if t < depth else "loss", t, with_graph or t == depth] = OpCost(turn.peak - start, turn.flops)
+    turns, state = full.turns, [turn.x_bytes for turn in full.turns]
+    costs["backward", depth] = OpCost((turns[-1].peak_after or turns[-1].arrive) - state[depth], 0)
+    stays = [turn.begin - full.let_go(t) - state[t] for t, turn in enumerate(turns)]
+    held = [sum(state[u] for u in range(t) if turns[u].released > t) for t in range(depth + 1)]
+    base = [0, *(stays[t] - held[t] for t in range(1, depth + 1))]
+    lasting = [base[t + 1] - base[t] for t in range(depth)]
+    before = [turn.arrive - turn.begin + full.let_go(t) for t, turn in enumerate(turns[:-1])]
+    before[0] -= state[0] + lasting[0]
+    for t in range(1, depth):
+        before[t] += state[t] * (turns[t].released == t)
+    graph = [turn.end - turn.arrive - state[t + 1] - (lasting[t] if t else 0) for t, turn in enumerate(turns[:-1])]
+    made = sum(size for _, size in full.gradients.get(HEAD, ()))
+    return Profile(
+        depth=depth,
+        stem_trains=chain.stem_trains,
+        trainable=chain.trainable,
+        state=tuple(state),
+        cotangent=tuple(full.cotangents.get(t, 0) for t in range(depth + 1)),
+        released=tuple(turn.released for turn in turns),
+        graph=tuple(graph),
+        before=tuple(before),
+        arrival=tuple(turn.arrival for turn in turns[:-1]),
+        lasting=tuple(lasting),
+        result_bytes=turns[-1].end - state[depth] - full.cotangents.get(depth, 0) - made,
+        gradients=full.gradients,
+        costs=costs,
+    )
+
+
+def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) -> dict[str, Any]:
+    """What the optimiser's step costs, with all gradients there and its state already made."""
+    parameters = trainable(chain)
+    made = optimizer_for(parameters, optimizer)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    made.step()
+    with LiveBytes() as tracker:
+        made.step()
+    base = own_bytes(list(chain.parameters()), list(chain.model.buffers()), made.state, list(tensors(batch)))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        made.step()
+        times.append(time.perf_counter() - start)
+    return {
+        "base_bytes": base,
+        "update_bytes": tracker.peak,
+        "update_seconds": statistics.median(times) if times else 0.0,
+    }

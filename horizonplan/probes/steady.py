@@ -1,0 +1,76 @@
+"""A place to try steps in: a real optimiser on the real weights, and everything restored bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from horizonplan.chain import Chain
+from horizonplan.chain.calls import rng_devices
+
+Optimize = Callable[[Any], Optimizer] | Optimizer
+
+
+def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) -> Optimizer:
+    """A fresh optimiser of the user's kind: theirs is never stepped by a probe.
+
+    Args:
+        parameters: what to optimise.
+        optimizer: a callable from parameters to an Optimizer, an Optimizer (one of its class is made,
+            with its parameter groups' settings), or ``None`` for ``AdamW(lr=1e-3)``.
+
+    Raises:
+        ValueError: it is neither, or the callable returns no Optimizer.
+    """
+    if optimizer is None:
+        return torch.optim.AdamW(parameters, lr=1e-3)
+    if isinstance(optimizer, Optimizer):
+        return type(optimizer)([dict(group) for group in optimizer.param_groups])  # type: ignore[call-arg]
+    made = optimizer(parameters) if callable(optimizer) else None
+    if not isinstance(made, Optimizer):
+        raise ValueError(f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None.")
+    return made
+
+
+@contextmanager
+def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
+    """Bring buffers, gradients, random state and (``weights``) parameters back, whatever happens inside.
+
+    Gradients start as ``None``, and post-accumulate hooks of the user's (a fused optimiser step, say) rest.
+    """
+    model = chain.model
+    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in rng_devices(model))]
+    buffers = [(m._buffers, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    values = [p.detach().clone() for p in parameters] if weights else []
+    hooks = [(h, dict(h)) for p in parameters if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    try:
+        for live, _ in hooks:
+            live.clear()
+        for p in parameters:
+            p.grad = None
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, values, strict=False):
+                p.copy_(value)
+            for owner, name, buffer, value in buffers:
+                owner[name] = buffer.copy_(value)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        for live, saved in hooks:
+            live.update(saved)
+        torch.set_rng_state(rng[0])
+        for device, state in zip(rng_devices(model), rng[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+def trainable(chain: Chain) -> list[nn.Parameter]:
+    """The parameters an optimiser gets."""
+    return [p for p in chain.parameters() if p.requires_grad]
