@@ -1,0 +1,50 @@
+"""Train networks that do not fit your GPU: plan how far ahead each block's gradient looks, then train with the plan."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from horizonplan import algorithms, probes
+from horizonplan.chain import Chain, ChainError
+from horizonplan.cost import LadderCost, LinearCost
+from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
+from horizonplan.gradient import horizon_backward
+from horizonplan.objective import AccuracyConstraint, InfeasibleError, MemoryLimit, Objective, Weighted, select
+from horizonplan.plan import Plan
+from horizonplan.planner import plan_horizon
+from horizonplan.rows import Row
+from horizonplan.schedule import Schedule, Window
+from horizonplan.training import Result, train
+from horizonplan.verify import Report, verify
+
+try:
+    __version__ = version("horizonplan")
+except PackageNotFoundError:  # running from a bare checkout
+    __version__ = "0"
+
+__all__ = [
+    "AccuracyConstraint",
+    "Chain",
+    "ChainError",
+    "Curve",
+    "InfeasibleError",
+    "LadderCost",
+    "LinearCost",
+    "MemoryLimit",
+    "Objective",
+    "Plan",
+    "PoorFitWarning",
+    "Report",
+    "Result",
+    "Row",
+    "Schedule",
+    "Weighted",
+    "Window",
+    "algorithms",
+    "fit_cosine",
+    "fit_memory",
+    "horizon_backward",
+    "plan_horizon",
+    "probes",
+    "select",
+    "train",
+    "verify",
+]

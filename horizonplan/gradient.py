@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from horizonplan.batch import scalar
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import Ambient, handler, intercept, rng_devices, scratch_buffers
+from horizonplan.chain.calls import Ambient, BufferLog, Buffers, handler, intercept, rng_devices, scratch_buffers
 from horizonplan.chain.slots import Output
 from horizonplan.chain.trace import ChainError, Shapes, standin
 from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run, Schedule
@@ -128,6 +128,7 @@ class Call:
     kwargs: dict[str, Any]
     rng: list[Tensor]
     ambient: Ambient
+    buffers: Buffers
 
 
 class Step:
@@ -199,7 +200,7 @@ class Step:
         if not isinstance(op, Run) or op.t != t:
             raise ChainError(
                 f"block {self.chain.names[t]!r} was called out of turn: blocks must run once each and in order in "
-                "every forward (no layer drop); name other blocks or fix the order."
+                "every forward (no layer drop; checkpointing around blocks: switch it off, use recompute=1)."
             )
         if self.observer is not None:
             self.observer.arrive(op, self)
@@ -231,11 +232,14 @@ class Step:
         self.original[t] = original
         if t in self.last_rerun:
             rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
-            self.calls[t] = Call(*slot.put(None, args, kwargs), rng, Ambient())
+            self.calls[t] = Call(*slot.put(None, args, kwargs), rng, Ambient(), [])
+            log = BufferLog(self.chain.blocks[t].modules())
         xin = self._leaf(t, arrived) if op.graph else arrived.detach()
         del arrived
         args, kwargs = slot.put(None, args, kwargs)
         result = self._forward(t, original, xin, args, kwargs, op.graph)
+        if t in self.calls:
+            self.calls[t].buffers = log.changed()
         output = Output.of(result)
         if output is None:
             raise ChainError(f"block {self.chain.names[t]!r} returned no tensor.")
@@ -261,7 +265,7 @@ class Step:
                 return original(*args, **kwargs)
             copies[t] = False
             version, rng = xin._version, torch.get_rng_state()
-            buffers = [(m._buffers, n, b.clone()) for m in block.modules() for n, b in m._buffers.items() if b is not None]
+            log = BufferLog(block.modules())
             given = xin if graph and xin.requires_grad else xin.clone()
             try:
                 a, k = slot.put(given, args, kwargs)
@@ -273,7 +277,7 @@ class Step:
                     raise
             copies[t] = True
             torch.set_rng_state(rng)
-            for owner, name, buffer in buffers:
+            for owner, name, buffer in log.changed():
                 owner[name].copy_(buffer)  # type: ignore[union-attr]
             args, kwargs = slot.put(xin.clone(), args, kwargs)
             return original(*args, **kwargs)
@@ -341,7 +345,7 @@ class Step:
         if t > 0 or self.chain.stem_trains:
             xin.requires_grad_(xin.is_floating_point())
         block = self.chain.blocks[t]
-        with torch.random.fork_rng(devices=self.devices), scratch_buffers(block.modules()), torch.enable_grad():
+        with torch.random.fork_rng(devices=self.devices), scratch_buffers(block.modules(), call.buffers), torch.enable_grad():
             torch.set_rng_state(call.rng[0])
             for device, state in zip(self.devices, call.rng[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)

@@ -22,7 +22,7 @@ LINES = [
     "predict curves devices",
     "cost rows objective",
     "candidates frontier",
-    "plan planner verify",
+    "explain plot plan planner verify",
     "training tuner",
     "models datasets integrations",
     "api client reproduce cli",

@@ -50,17 +50,38 @@ class _Entry:
         return self.handler(self.original, args, kwargs)
 
 
+Buffers = list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]
+
+
+def buffers_of(modules: Iterable[nn.Module]) -> Buffers:
+    """The modules' own buffers (children not included): where each is kept, its name, and itself."""
+    return [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+
+
 @contextmanager
-def scratch_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the modules work on copies of their own buffers (children not included); the real ones come back."""
-    saved = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+def scratch_buffers(modules: Iterable[nn.Module], earlier: Buffers | None = None) -> Iterator[None]:
+    """Let the modules work on copies of their own buffers, or of ``earlier`` values; the real ones come back."""
+    saved = buffers_of(modules)
     try:
-        for owner, name, buffer in saved:
+        for owner, name, buffer in (*saved, *(earlier or [])):
             owner[name] = buffer.clone()
         yield
     finally:
         for owner, name, buffer in saved:
             owner[name] = buffer
+
+
+class BufferLog:
+    """Values of the modules' buffers now, to find out later which of them have changed since."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.noted = [(*entry, entry[2]._version, entry[2].clone()) for entry in buffers_of(modules)]
+
+    def changed(self) -> Buffers:
+        """The earlier values of those that have changed."""
+        return [
+            (o, name, value) for o, name, b, version, value in self.noted if o[name] is not b or b._version != version
+        ]
 
 
 @contextmanager
@@ -80,7 +101,8 @@ def regrouped(container: nn.Module | None, groups: Mapping[str, nn.Module]) -> I
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Switch ``config.use_cache`` off: a key/value cache is of no use in training and would outlive the graphs."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    every: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in every if getattr(c, "use_cache", False) is True}
     try:
         for config in configs.values():
             config.use_cache = False

@@ -254,7 +254,7 @@ class Chain:
                 layout.dense = True
                 loss = self._trial_head(batch, shapes)
         except Exception as error:
-            raise ChainError(f"the head cannot be evaluated at x(1): {error}. {WAYS_OUT}") from error
+            raise ChainError(f"the head cannot be evaluated at x(1): {error!r}. {WAYS_OUT}") from error
         if layout.finite and not torch.isfinite(loss):
             raise ChainError(
                 f"the loss at x(1) is {loss.item()}: the head reads something besides the last state "

@@ -63,7 +63,9 @@ class HeadOnly:
         finally:
             del self.z
         if not self.past:
-            raise ChainError("the last block was not called in this forward: blocks must run in every one (no layer drop).")
+            raise ChainError(
+                "the last block was not called in this forward: blocks must run in every one (no layer drop)"
+            )
         return loss
 
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:

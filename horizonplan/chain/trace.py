@@ -338,7 +338,7 @@ def _mark() -> int:
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).clone().grad_fn
     assert node is not None
-    return node._sequence_nr()  # type: ignore[attr-defined, no-any-return]
+    return node._sequence_nr()
 
 
 def _walk(tensor: Tensor, since: int) -> list[tuple[Tensor | None, str]]:
@@ -359,7 +359,7 @@ def _walk(tensor: Tensor, since: int) -> list[tuple[Tensor | None, str]]:
                 "the model checkpoints with use_reentrant=True, which cannot pull single gradients: "
                 "switch it off (gradient_checkpointing_disable()) and use recompute=1 instead."
             )
-        elif node._sequence_nr() < since:  # type: ignore[attr-defined]
+        elif node._sequence_nr() < since:
             found.append((None, node.name()))
         else:
             stack += [next_node for next_node, _ in node.next_functions if next_node is not None]

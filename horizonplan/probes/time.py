@@ -24,6 +24,7 @@ def time(
     strides: Sequence[Stride] = (1,),
     optimizer: Optimize | None = None,
     repeats: int = 5,
+    recompute: int = 0,
 ) -> list[Sample]:
     """Measure the seconds of a full training step at each horizon and stride, on the largest batch.
 
@@ -37,7 +38,7 @@ def time(
         made = optimizer_for(trainable(chain), optimizer)
         for turn in range(repeats + 1):
             for pair in pairs:
-                seconds = _seconds(chain, batch, Schedule.horizon(chain.depth, *pair), made)
+                seconds = _seconds(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made)
                 if turn > 0:
                     rounds[pair].append(seconds)
     return [

@@ -1,0 +1,52 @@
+"""What a training method is, for the trainer: a contract of two small classes."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horizonplan.chain import Chain
+
+
+class Algorithm(ABC):
+    """A way of training a chain that owns its whole step."""
+
+    def prepare(self, chain: Chain, batch: Any) -> nn.Module | None:
+        """Make what the method needs on this chain (auxiliary heads); what is returned is trained along."""
+        return None
+
+    @abstractmethod
+    def step(self, chain: Chain, batch: Any, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Train on one batch and return the terminal loss, detached, of shape ``()``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State besides the model's and the optimiser's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``'s state."""
+
+
+class GradientMethod(Algorithm):
+    """A method that only differs in the gradient: everything around it comes from the trainer."""
+
+    @abstractmethod
+    def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
+        """Add ``scale`` times the method's gradient into ``p.grad``; return the terminal loss, unscaled and detached."""
+
+    def step(self, chain: Chain, batch: Any, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clear the gradients, accumulate this method's, update.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are those before the step.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(chain, batch)
+        if not torch.isfinite(loss):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"loss is {loss.item()}: check the data, lower the learning rate or clip; the weights were not updated."
+            )
+        optimizer.step()
+        return loss

@@ -1,0 +1,100 @@
+"""The plan's table: every way of computing the gradient that is weighed, one row each.
+
+Stride 1 at every horizon is the paper's family, with back-propagation at h = T. Disjoint windows
+(s = h) and checkpointed back-propagation stand beside it, as candidates or as references.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from horizonplan.curves import Curve
+from horizonplan.predict import step_bytes, step_flops, step_seconds
+from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.profile import Profile
+from horizonplan.probes.sample import Sample
+from horizonplan.rows import Row
+from horizonplan.schedule import Schedule
+
+
+def schedule_of(row: Row, depth: int) -> Schedule:
+    """The schedule a row stands for."""
+    return Schedule.horizon(depth, row.horizon, row.stride, row.recompute)
+
+
+def table(
+    profile: Profile,
+    samples: Iterable[Sample],
+    curves: Mapping[str, Curve],
+    strides: Sequence[Stride] = (1, "horizon"),
+    exact_may_win: bool = False,
+) -> tuple[Row, ...]:
+    """Build the rows from a profile, measurements and the fitted cosine.
+
+    Memory is predicted by the fold and the cosine fitted at stride 1, each replaced by a measurement
+    where there is one. At stride 1 the rate is derived as cos^2 (Eq. 14's model); at other strides it
+    stays unmeasured until a rollout measures it. Exact rows have cosine and rate 1 by definition.
+
+    Args:
+        profile: the model's costs.
+        samples: measured memory (bytes) and cosines.
+        curves: ``"cosine"`` for stride 1.
+        strides: strides that are candidates beside 1, which always is; s = h becomes a reference where left out.
+        exact_may_win: whether checkpointed back-propagation is a candidate or a reference.
+    """
+    depth = profile.depth
+    measured = {(s.quantity, s.horizon, s.stride): s for s in samples}
+    pairs: dict[tuple[int, int], bool] = {(h, 1): False for h in range(1, depth + 1)}
+    for h in range(2, depth):
+        wanted = [stride_of(s, h) for s in strides if s == "horizon" or (isinstance(s, int) and s <= h)]
+        pairs |= {(h, s): False for s in wanted}
+        pairs.setdefault((h, h), True)
+    rows = []
+    for (h, s), reference in pairs.items():
+        row = _costed(Row(horizon=h, stride=s, memory_bytes=0, reference=reference), profile)
+        row = _with_cosine(row, depth, measured.get(("cosine", h, s)), curves.get("cosine"))
+        rows.append(with_memory(row, measured.get(("memory", h, s))))
+    for k in dict.fromkeys([1, max(1, round(math.sqrt(depth)))]):
+        row = Row(horizon=depth, recompute=k, memory_bytes=0, reference=not exact_may_win)
+        rows.append(_with_cosine(_costed(row, profile), depth, None, None))
+    return tuple(rows)
+
+
+def with_memory(row: Row, sample: Sample | None) -> Row:
+    """The row with measured instead of predicted memory."""
+    if sample is None:
+        return row
+    nvml = sample.detail.get("nvml_bytes")
+    return replace(row, memory_bytes=round(sample.value), memory_source="measured", nvml_bytes=nvml)
+
+
+def with_rate(row: Row, sample: Sample) -> Row:
+    """The row with a rollout's rate, or without one where the rollout found none."""
+    if not math.isfinite(sample.value):
+        return replace(row, rate=None, rate_stderr=None, rate_source="unmeasured")
+    return replace(row, rate=sample.value, rate_stderr=sample.stderr, rate_source="measured")
+
+
+def _costed(row: Row, profile: Profile) -> Row:
+    schedule = schedule_of(row, profile.depth)
+    seconds = step_seconds(schedule, profile)
+    return replace(
+        row,
+        memory_bytes=step_bytes(schedule, profile),
+        memory_source="predicted",
+        flops=step_flops(schedule, profile),
+        step_seconds=seconds,
+        step_seconds_source="unmeasured" if seconds is None else "predicted",
+    )
+
+
+def _with_cosine(row: Row, depth: int, sample: Sample | None, curve: Curve | None) -> Row:
+    if row.horizon == depth:
+        return replace(row, cosine=1.0, cosine_source="derived", rate=1.0, rate_source="derived")
+    if sample is not None:
+        row = replace(row, cosine=sample.value, cosine_stderr=sample.stderr, cosine_source="measured")
+    elif row.stride == 1 and curve is not None:
+        row = replace(row, cosine=min(1.0, max(-1.0, curve(row.horizon))), cosine_source="fitted")
+    if row.stride > 1 or row.cosine is None:
+        return row
+    return replace(row, rate=row.cosine**2, rate_source="derived")

@@ -1,0 +1,111 @@
+"""A plan in plain words: the table as text, the choice, what else there was, and what to distrust."""
+
+from collections.abc import Sequence
+
+from horizonplan.cost import Cost, describe
+from horizonplan.objective import Objective
+from horizonplan.rows import Row
+from horizonplan.units import format_bytes, format_count, format_seconds
+
+MARKS = {"measured": "m", "fitted": "f", "predicted": "p", "derived": "d", "unmeasured": "-"}
+HEADINGS = ("", "candidate", "memory", "cosine", "rate", "cost", "objective", "feasible", "time/step", "FLOPs")
+
+
+def name_of(row: Row, depth: int) -> str:
+    """A row's everyday name."""
+    if row.horizon == depth:
+        return f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)"
+    kind = "disjoint windows" if row.stride == row.horizon and row.horizon > 1 else f"stride {row.stride}"
+    return f"h={row.horizon}, {kind}" + (f", recompute {row.recompute}" if row.recompute else "")
+
+
+def depth_of(rows: Sequence[Row]) -> int:
+    """Blocks of the model a table is about: its largest horizon, which is back-propagation's."""
+    return max(row.horizon for row in rows)
+
+
+def cells(row: Row, depth: int) -> tuple[str, ...]:
+    """A row as text; the letter behind a number is its source (see ``MARKS``)."""
+    cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
+    if row.cosine_stderr:
+        cosine += f"±{row.cosine_stderr:.3f}"
+    return (
+        name_of(row, depth) + (" (reference)" if row.reference else ""),
+        f"{format_bytes(row.memory_bytes)} {MARKS[row.memory_source]}",
+        f"{cosine} {MARKS[row.cosine_source]}".replace("- -", "-"),
+        "-" if row.rate is None else f"{row.rate:.3f} {MARKS[row.rate_source]}",
+        "-" if row.cost is None else f"{row.cost:.3f}",
+        "-" if row.objective is None else f"{row.objective:.3f}",
+        "yes" if row.feasible else "no",
+        "-" if row.step_seconds is None else f"{format_seconds(row.step_seconds)} {MARKS[row.step_seconds_source]}",
+        "-" if row.flops is None else format_count(row.flops),
+    )
+
+
+def text_table(rows: Sequence[Row], chosen: Row) -> str:
+    """All rows in columns; an arrow points at the chosen one."""
+    depth = depth_of(rows)
+    lines = [HEADINGS, *(("->" if row == chosen else "", *cells(row, depth)) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def explain(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, notes: Sequence[str]) -> str:
+    """The table, its legend, the choice, the references that beat it, and the notes."""
+    legend = "m measured, f fitted, p predicted by folding the schedule over the profile, d derived, - not measured"
+    paragraphs = [text_table(rows, chosen), legend, _choice(rows, chosen, objective, cost)]
+    paragraphs += _beaten(rows, chosen)
+    paragraphs += [f"Note: {note}" for note in notes]
+    return "\n\n".join(paragraphs)
+
+
+def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> str:
+    depth = depth_of(rows)
+    exact = next(row for row in rows if row.horizon == depth and not row.recompute)
+    saved = 1 - chosen.memory_bytes / exact.memory_bytes
+    words = [f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.", f"Train with {name_of(chosen, depth)}:"]
+    if chosen is exact or chosen == exact:
+        words.append(f"the whole network in one window, {format_bytes(chosen.memory_bytes)} a step.")
+        return " ".join(words)
+    words.append(
+        f"{format_bytes(chosen.memory_bytes)} a step ({MARKS_IN_WORDS[chosen.memory_source]}), "
+        f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than back-propagation's {format_bytes(exact.memory_bytes)}."
+    )
+    if chosen.rate is not None:
+        words.append(f"Its loss falls at {chosen.rate:.2f} times back-propagation's rate ({MARKS_IN_WORDS[chosen.rate_source]}).")
+    if chosen.step_seconds and exact.step_seconds:
+        words.append(f"A step takes {chosen.step_seconds / exact.step_seconds:.2f} times as long.")
+    return " ".join(words)
+
+
+MARKS_IN_WORDS = {
+    "measured": "measured",
+    "fitted": "fitted",
+    "predicted": "predicted",
+    "derived": "derived from the cosine",
+    "unmeasured": "not measured",
+}
+
+
+def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
+    """References that need no more memory and train no slower than the choice, said plainly."""
+    depth = depth_of(rows)
+    better = [
+        row
+        for row in rows
+        if row.reference
+        and row.memory_bytes <= chosen.memory_bytes
+        and row.rate is not None
+        and row.rate >= (chosen.rate or 0.0)
+    ]
+    if not better or chosen.rate is None:
+        return []
+    best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
+    time = ""
+    if best.step_seconds and chosen.step_seconds:
+        time = f", at {best.step_seconds / chosen.step_seconds:.2f} times the time per step"
+    exact = " with the exact gradient" if best.horizon == depth else ""
+    return [
+        f"A reference beats this choice: {name_of(best, depth)} needs {format_bytes(best.memory_bytes)}{exact}{time}. "
+        'Unless time per step decides, use it (candidates="all" lets it win).'
+    ]

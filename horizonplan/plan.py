@@ -1,0 +1,195 @@
+"""The plan: the table of candidates, the choice, why, and where each number comes from. Immutable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from horizonplan import cost as costs
+from horizonplan import objective as objectives
+from horizonplan.batch import ComputeLoss, LossFunction
+from horizonplan.candidates import schedule_of
+from horizonplan.chain import Chain
+from horizonplan.cost import Cost
+from horizonplan.curves import Curve
+from horizonplan.explain import explain, text_table
+from horizonplan.gradient import horizon_backward
+from horizonplan.objective import Objective
+from horizonplan.projection import Projection
+from horizonplan.rows import Row
+from horizonplan.schedule import Schedule
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train with, and everything it was chosen from.
+
+    Attributes:
+        row: the chosen row of the table.
+        rows: all rows, with cost, objective and feasibility under this objective.
+        depth: blocks T of the model.
+        objective: what was asked for.
+        cost: the price of memory.
+        curves: the paper's fitted polynomials: ``"memory"`` (order 1), ``"cosine"`` (order 3).
+        block_names: the blocks' names in the model.
+        blocks: how the blocks were given: ``None`` (found), a pattern, or a list of names.
+        notes: what a user should know before relying on the plan.
+        provenance: how the numbers were made: versions, device, batches, optimiser, what probing cost.
+    """
+
+    row: Row
+    rows: tuple[Row, ...]
+    depth: int
+    objective: Objective
+    cost: Cost
+    curves: Mapping[str, Curve]
+    block_names: tuple[str, ...] = ()
+    blocks: str | tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def horizon(self) -> int:
+        """h: blocks each gradient looks ahead."""
+        return self.row.horizon
+
+    @property
+    def stride(self) -> int:
+        """s: blocks between the starts of two windows."""
+        return self.row.stride
+
+    @property
+    def recompute(self) -> int:
+        """k: activation checkpointing every k blocks; 0 keeps the graphs."""
+        return self.row.recompute
+
+    @property
+    def schedule(self) -> Schedule:
+        """The windows to train with."""
+        return schedule_of(self.row, self.depth)
+
+    def chain(
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss: LossFunction | None = None,
+        compute_loss: ComputeLoss | None = None,
+        projection: Projection | None = None,
+    ) -> Chain:
+        """See a model as this plan's chain, for a loop of your own.
+
+        Raises:
+            ValueError: the model's blocks are not those that were planned for.
+        """
+        blocks = self.blocks if self.blocks is None or isinstance(self.blocks, str) else list(self.blocks)
+        chain = Chain.from_model(model, batch, blocks, loss, compute_loss, projection)
+        if self.block_names and chain.names != self.block_names:
+            raise ValueError(
+                f"plan: it was made for {self.depth} blocks {self.block_names[0]!r}..{self.block_names[-1]!r}, this "
+                f"model has {chain.depth}, {chain.names[0]!r}..{chain.names[-1]!r}; plan again for this model."
+            )
+        return chain
+
+    def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
+        """Accumulate the plan's gradient into ``p.grad``; see :func:`horizonplan.horizon_backward`."""
+        return horizon_backward(chain, batch, self.schedule, scale=scale)
+
+    def explain(self) -> str:
+        """The table and the choice in plain words."""
+        return explain(self.rows, self.row, self.objective, self.cost, self.notes)
+
+    def table(self) -> str:
+        """The table alone."""
+        return text_table(self.rows, self.row)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw memory, cosine and rate, and objective over the horizon into a file (PNG, SVG or PDF)."""
+        from horizonplan.plot import draw
+
+        draw(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "horizon": self.horizon,
+            "stride": self.stride,
+            "recompute": self.recompute,
+            "depth": self.depth,
+            "chosen": self.rows.index(self.row),
+            "objective": self.objective.to_dict(),
+            "cost": costs.to_dict(self.cost),
+            "rows": [row.to_dict() for row in self.rows],
+            "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
+            "block_names": list(self.block_names),
+            "blocks": list(self.blocks) if isinstance(self.blocks, tuple) else self.blocks,
+            "notes": list(self.notes),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Restore a plan from ``to_dict``'s values.
+
+        Raises:
+            ValueError: the data are no plan, or one of a newer horizonplan.
+        """
+        version = data.get("schema_version") if isinstance(data, Mapping) else None
+        if not isinstance(version, int) or version < 1:
+            raise ValueError("plan: no schema_version in it, so this is no plan; make one with plan.save(path).")
+        if version > SCHEMA_VERSION:
+            raise ValueError(
+                f"plan: schema_version={version} is newer than this horizonplan reads ({SCHEMA_VERSION}); upgrade it."
+            )
+        try:
+            rows = tuple(Row.from_dict(row) for row in data["rows"])
+            blocks = data["blocks"]
+            plan = cls(
+                row=rows[data["chosen"]],
+                rows=rows,
+                depth=data["depth"],
+                objective=objectives.from_dict(data["objective"]),
+                cost=costs.from_dict(data["cost"]),
+                curves={name: Curve.from_dict(curve) for name, curve in data["curves"].items()},
+                block_names=tuple(data["block_names"]),
+                blocks=tuple(blocks) if isinstance(blocks, list) else blocks,
+                notes=tuple(data["notes"]),
+                provenance=data["provenance"],
+            )
+            plan.schedule  # noqa: B018 - a choice that is no schedule is no plan
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"plan: the data are damaged ({type(error).__name__}: {error}); plan again.") from error
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, no plan, or of a newer horizonplan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"plan: {path} is no JSON file ({error}); plan again.") from error
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def find_row(rows: Sequence[Row], horizon: int, stride: int, recompute: int = 0) -> Row:
+    """The row of one candidate."""
+    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, recompute))

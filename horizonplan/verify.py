@@ -1,0 +1,99 @@
+"""Check a plan by a short real run: what it predicted, what is measured now, and whether that is near enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from horizonplan import probes
+from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, take
+from horizonplan.plan import Plan
+from horizonplan.probes.sample import Sample
+from horizonplan.probes.steady import Optimize
+from horizonplan.projection import Projection
+
+MEMORY_TOLERANCE = 0.05
+TIME_TOLERANCE = 0.5
+RATE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One quantity: predicted, measured, and whether they agree. ``ok`` is ``None`` where there is nothing to compare."""
+
+    predicted: float | None
+    measured: float | None
+    ok: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Checks of memory (bytes), time (seconds a step) and rate (relative to back-propagation)."""
+
+    memory: Check
+    time: Check
+    rate: Check
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing that could be compared disagrees."""
+        return all(check.ok is not False for check in (self.memory, self.time, self.rate))
+
+
+def verify(
+    plan: Plan,
+    model: nn.Module,
+    data: Any,
+    *,
+    steps: int = 30,
+    batches: int = 4,
+    optimizer: Optimize | None = None,
+    loss: LossFunction | None = None,
+    compute_loss: ComputeLoss | None = None,
+    projection: Projection | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measure a plan's memory, time and rate on a model and data, and compare with what it says.
+
+    Memory may exceed the plan's by 5 %, time by 50 % (clocks are noisy), and the rate may fall below
+    it by 0.1 or two standard errors. The model is left bit for bit as it was.
+
+    Args:
+        plan: the plan.
+        model, data, loss, compute_loss, projection: as for :func:`horizonplan.plan_horizon`.
+        steps: steps of the short run beside back-propagation.
+        batches: batches of which the largest measures memory and time.
+        optimizer: as for :func:`horizonplan.plan_horizon`.
+        seed: of everything random.
+    """
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    loader = as_loader(data, seed=seed)
+    sample = take(loader, batches, place)
+    pair = (plan.horizon, plan.stride)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        chain = plan.chain(model, sample[0], loss, compute_loss, projection)
+        largest = [max(sample, key=nbytes)]
+        memory = probes.memory(chain, largest, [pair[0]], [pair[1]], optimizer, plan.recompute)[0]
+        seconds = probes.time(chain, largest, [pair[0]], [pair[1]], optimizer, recompute=plan.recompute)[0]
+        rate = probes.rollout(chain, take(loader, steps, place), [pair], steps, optimizer, seed)[0]
+    return Report(
+        memory=_at_most(plan.row.memory_bytes, memory.value, MEMORY_TOLERANCE),
+        time=_at_most(plan.row.step_seconds, seconds.value, TIME_TOLERANCE),
+        rate=_at_least(plan.row.rate, rate),
+    )
+
+
+def _at_most(predicted: float | None, measured: float, tolerance: float) -> Check:
+    return Check(predicted, measured, None if predicted is None else measured <= predicted * (1 + tolerance))
+
+
+def _at_least(predicted: float | None, sample: Sample) -> Check:
+    if predicted is None or math.isnan(sample.value):
+        return Check(predicted, None if math.isnan(sample.value) else sample.value, None)
+    slack = max(RATE_TOLERANCE, 2 * (sample.stderr or 0.0))
+    return Check(predicted, sample.value, sample.value >= predicted - slack)
