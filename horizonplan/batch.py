@@ -167,7 +167,7 @@ def as_loader(data: Any, batch_size: int = 32, shuffle: bool = False, seed: int 
             raise ValueError("data is an empty dataset: give at least one sample.")
         shuffle = shuffle and not isinstance(data, IterableDataset)
         data = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
-    if isinstance(data, Iterator) or isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, Iterator | Tensor | Mapping) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise ValueError(f"data is a {kind}: give a DataLoader, a list of batches, or a Dataset.")
     if _is_empty(data):
@@ -237,5 +237,7 @@ def _loss_of(model: nn.Module, batch: Any, loss: LossFunction | None) -> Tensor:
     if target is None:
         if isinstance(output, Tensor) and output.numel() == 1:
             return output
-        raise ValueError(f"batch: no target in a {type(batch).__name__} and the model returns no loss; give compute_loss=.")
+        raise ValueError(
+            f"batch: no target in a {type(batch).__name__} and the model returns no loss; give compute_loss=."
+        )
     return default_loss(output_tensor(output), target)

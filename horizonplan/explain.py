@@ -47,7 +47,9 @@ def text_table(rows: Sequence[Row], chosen: Row) -> str:
     depth = depth_of(rows)
     lines = [HEADINGS, *(("->" if row == chosen else "", *cells(row, depth)) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def explain(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, notes: Sequence[str]) -> str:
@@ -63,16 +65,22 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
     depth = depth_of(rows)
     exact = next(row for row in rows if row.horizon == depth and not row.recompute)
     saved = 1 - chosen.memory_bytes / exact.memory_bytes
-    words = [f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.", f"Train with {name_of(chosen, depth)}:"]
+    words = [
+        f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.",
+        f"Train with {name_of(chosen, depth)}:",
+    ]
     if chosen is exact or chosen == exact:
         words.append(f"the whole network in one window, {format_bytes(chosen.memory_bytes)} a step.")
         return " ".join(words)
     words.append(
         f"{format_bytes(chosen.memory_bytes)} a step ({MARKS_IN_WORDS[chosen.memory_source]}), "
-        f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than back-propagation's {format_bytes(exact.memory_bytes)}."
+        f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than back-propagation's "
+        f"{format_bytes(exact.memory_bytes)}."
     )
     if chosen.rate is not None:
-        words.append(f"Its loss falls at {chosen.rate:.2f} times back-propagation's rate ({MARKS_IN_WORDS[chosen.rate_source]}).")
+        words.append(
+            f"Its loss falls at {chosen.rate:.2f} times back-propagation's rate ({MARKS_IN_WORDS[chosen.rate_source]})."
+        )
     if chosen.step_seconds and exact.step_seconds:
         words.append(f"A step takes {chosen.step_seconds / exact.step_seconds:.2f} times as long.")
     return " ".join(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, signature, take
-from horizonplan.candidates import schedule_of, table, with_memory, with_rate
+from horizonplan.candidates import table, with_memory, with_rate
 from horizonplan.chain import Chain
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
@@ -110,7 +110,10 @@ def plan_horizon(
         first = select([row for row in rows if row.stride == 1], objective, price)
 
         report(f"roll out h={first.horizon}")
-        pairs = [(first.horizon, s) for s in dict.fromkeys(stride_of(s, first.horizon) for s in _legal(strides, first.horizon))]
+        pairs = [
+            (first.horizon, s)
+            for s in dict.fromkeys(stride_of(s, first.horizon) for s in _legal(strides, first.horizon))
+        ]
         if rollout_steps and first.horizon < chain.depth:
             rolled = probes.rollout(chain, take(loader, rollout_steps, place), pairs, rollout_steps, optimizer, seed)
             rows = evaluate(_with_rates(rows, rolled), objective, price)
@@ -120,7 +123,9 @@ def plan_horizon(
             chosen = first if first.horizon == chain.depth else _find(rows, *pairs[0])
         report("measure the choice")
         if chosen.memory_source != "measured":
-            measured = probes.memory(chain, [largest], [chosen.horizon], [chosen.stride], optimizer, chosen.recompute)[0]
+            measured = probes.memory(chain, [largest], [chosen.horizon], [chosen.stride], optimizer, chosen.recompute)[
+                0
+            ]
             rows, chosen = _replace_row(rows, chosen, with_memory(chosen, measured), objective, price)
         _note_shortfall(rows, chosen, objective, price, notes)
         report(None)
@@ -134,7 +139,9 @@ def plan_horizon(
             block_names=chain.names,
             blocks=blocks if blocks is None or isinstance(blocks, str) else tuple(blocks),
             notes=tuple(notes),
-            provenance=_provenance(model, chain, largest, optimizer, seed, samples, rolled, time.perf_counter() - started),
+            provenance=_provenance(
+                model, chain, largest, optimizer, seed, samples, rolled, time.perf_counter() - started
+            ),
         )
 
 
@@ -166,21 +173,25 @@ def _horizons(horizons: Sequence[int] | None, depth: int) -> list[int]:
         return sorted({round(1 + i * (depth - 1) / max(1, count - 1)) for i in range(count)})
     places = sorted(set(horizons))
     if not places or any(isinstance(h, bool) or not isinstance(h, int) or not 1 <= h <= depth for h in places):
-        raise ValueError(f"horizons={list(horizons)!r}: give whole numbers between 1 and {depth}, the number of blocks.")
+        raise ValueError(
+            f"horizons={list(horizons)!r}: give whole numbers between 1 and {depth}, the number of blocks."
+        )
     return places
 
 
 def _fit(samples: Iterable[Sample], depth: int, notes: list[str]) -> dict[str, Curve]:
     """The paper's polynomials (Eq. 15 and 16); a poor fit is warned of and noted."""
     memory = [(s.horizon, s.value) for s in samples if s.quantity == "memory" and s.stride == 1]
-    cosines = [(s.horizon, c) for s in samples if s.quantity == "cosine" and s.stride == 1 for c in s.detail["per_batch"]]
+    cosines = [
+        (s.horizon, c) for s in samples if s.quantity == "cosine" and s.stride == 1 for c in s.detail["per_batch"]
+    ]
     if len({h for h, _ in memory}) < 2:
         return {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PoorFitWarning)
         curves = {
-            "memory": fit_memory(*zip(*memory, strict=True)),
-            "cosine": fit_cosine(*zip(*cosines, strict=True), depth),
+            "memory": fit_memory([h for h, _ in memory], [m for _, m in memory]),
+            "cosine": fit_cosine([h for h, _ in cosines], [c for _, c in cosines], depth),
         }
     for warning in caught:
         if "memory" in str(warning.message):
@@ -204,7 +215,9 @@ def _find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
 def _with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
     rates = {(s.horizon, s.stride): s for s in rolled}
     return tuple(
-        with_rate(row, rates[row.horizon, row.stride]) if not row.recompute and (row.horizon, row.stride) in rates else row
+        with_rate(row, rates[row.horizon, row.stride])
+        if not row.recompute and (row.horizon, row.stride) in rates
+        else row
         for row in rows
     )
 
@@ -216,8 +229,10 @@ def _better(
     tried = [replace(_find(rows, *pair), reference=False) for pair in pairs]
     lost = [row for row in tried if row.rate is None]
     if len(lost) == len(tried):
-        notes.append("The short runs found no rate (back-propagation did not lower the loss, or all diverged): "
-                     "give more rollout_steps or another optimizer. The first of strides was taken.")
+        notes.append(
+            "The short runs found no rate (back-propagation did not lower the loss, or all diverged): "
+            "give more rollout_steps or another optimizer. The first of strides was taken."
+        )
         return _find(rows, *pairs[0])
     try:
         chosen = select(tried, objective, cost)
@@ -287,7 +302,13 @@ def _provenance(
     rolled: Sequence[Sample],
     seconds: float,
 ) -> dict[str, Any]:
-    name = "AdamW" if optimizer is None else type(optimizer).__name__ if isinstance(optimizer, torch.optim.Optimizer) else getattr(optimizer, "__name__", repr(optimizer))
+    name = (
+        "AdamW"
+        if optimizer is None
+        else type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.Optimizer)
+        else getattr(optimizer, "__name__", repr(optimizer))
+    )
     return {
         "model": type(model).__name__,
         "device": str(chain.device),

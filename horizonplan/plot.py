@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from horizonplan.curves import Curve
 from horizonplan.rows import Row
-
-if TYPE_CHECKING:
-    from horizonplan.plan import Plan
 
 GIB, MIB = 2**30, 2**20
 
 
-def draw(plan: Plan, path: str | Path) -> None:
+class Drawable(Protocol):
+    """What is drawn of a plan."""
+
+    @property
+    def row(self) -> Row:
+        """The chosen row."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All rows."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+
+    @property
+    def curves(self) -> Mapping[str, Curve]:
+        """The fitted polynomials."""
+
+
+def draw(plan: Drawable, path: str | Path) -> None:
     """Draw a plan into a file whose ending names the format."""
     from matplotlib.figure import Figure
 
@@ -25,19 +43,19 @@ def draw(plan: Plan, path: str | Path) -> None:
     _objective(objective, plan)
     for axes in (memory, cosine, objective):
         axes.set_xlabel("horizon h (blocks)")
-        axes.axvline(plan.horizon, color="0.8", zorder=0)
+        axes.axvline(plan.row.horizon, color="0.8", zorder=0)
         axes.set_xlim(0.5, plan.depth + 0.5)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
-def _families(plan: Plan) -> list[tuple[str, str, list[Row]]]:
+def _families(plan: Drawable) -> list[tuple[str, str, list[Row]]]:
     stride_one = [r for r in plan.rows if r.stride == 1 and not r.recompute]
     disjoint = [r for r in plan.rows if r.stride == r.horizon > 1]
     return [("s = 1", "C0", stride_one), ("s = h (disjoint)", "C1", disjoint)]
 
 
-def _memory(axes: Any, plan: Plan) -> None:
+def _memory(axes: Any, plan: Drawable) -> None:
     unit, name = (GIB, "GiB") if max(r.memory_bytes for r in plan.rows) >= GIB else (MIB, "MiB")
     for label, colour, rows in _families(plan):
         _line(axes, rows, lambda r: r.memory_bytes / unit, colour, label, lambda r: r.memory_source == "measured")
@@ -47,13 +65,15 @@ def _memory(axes: Any, plan: Plan) -> None:
         axes.plot(ends, [curve(h) / unit for h in ends], ":", color="0.5", label="the paper's line")
     for row in plan.rows:
         if row.recompute:
-            axes.plot(plan.depth, row.memory_bytes / unit, "^", color="C2", label=f"BP, checkpoint every {row.recompute}")
-    axes.plot(plan.horizon, plan.row.memory_bytes / unit, "o", mfc="none", mec="C3", ms=13, label="chosen")
+            axes.plot(
+                plan.depth, row.memory_bytes / unit, "^", color="C2", label=f"BP, checkpoint every {row.recompute}"
+            )
+    axes.plot(plan.row.horizon, plan.row.memory_bytes / unit, "o", mfc="none", mec="C3", ms=13, label="chosen")
     axes.set(title="peak memory of a step", ylabel=name, ylim=(0, None))
     axes.legend(fontsize=7, frameon=False)
 
 
-def _cosine(axes: Any, plan: Plan) -> None:
+def _cosine(axes: Any, plan: Drawable) -> None:
     (_, colour, rows), (_, other, disjoint) = _families(plan)
     measured = [r for r in rows if r.cosine_source == "measured"]
     axes.errorbar(
@@ -70,12 +90,19 @@ def _cosine(axes: Any, plan: Plan) -> None:
     axes.plot([r.horizon for r in seen], [r.cosine for r in seen], "s", color=other, label="cosine, s = h")
     rolled = [r for r in plan.rows if r.rate_source == "measured"]
     for row in rolled:
-        axes.plot(row.horizon, row.rate, "*", ms=11, color=colour if row.stride == 1 else other, label=f"rate, s = {row.stride}")
+        axes.plot(
+            row.horizon,
+            row.rate,
+            "*",
+            ms=11,
+            color=colour if row.stride == 1 else other,
+            label=f"rate, s = {row.stride}",
+        )
     axes.set(title="gradient cosine and measured rate")
     axes.legend(fontsize=7, frameon=False)
 
 
-def _objective(axes: Any, plan: Plan) -> None:
+def _objective(axes: Any, plan: Drawable) -> None:
     for label, colour, rows in _families(plan):
         known = [r for r in rows if r.objective is not None]
         axes.plot([r.horizon for r in known], [r.objective for r in known], "-", color=colour, alpha=0.4)
@@ -84,13 +111,18 @@ def _objective(axes: Any, plan: Plan) -> None:
         if known:
             axes.plot([], [], "o", color=colour, label=label)
     if plan.row.objective is not None:
-        axes.plot(plan.horizon, plan.row.objective, "o", mfc="none", mec="C3", ms=13, label="chosen")
+        axes.plot(plan.row.horizon, plan.row.objective, "o", mfc="none", mec="C3", ms=13, label="chosen")
     axes.set(title="objective (hollow: not feasible)")
     axes.legend(fontsize=7, frameon=False)
 
 
 def _line(
-    axes: Any, rows: Sequence[Row], value: Callable[[Row], float], colour: str, label: str, filled: Callable[[Row], bool]
+    axes: Any,
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    colour: str,
+    label: str,
+    filled: Callable[[Row], bool],
 ) -> None:
     axes.plot([r.horizon for r in rows], [value(r) for r in rows], "-", color=colour, alpha=0.6, label=label)
     for row in rows:

@@ -8,10 +8,11 @@ until its last holder lets go.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from horizonplan.gradient import HEAD, STEM, trained_by
-from horizonplan.probes.profile import Profile, key_of
+from horizonplan.probes.drill import key_of
+from horizonplan.probes.profile import OpCost, Profile
 from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run, Schedule
 
 
@@ -65,7 +66,9 @@ def step_seconds(schedule: Schedule, profile: Profile) -> float | None:
 
 def _cost_key(op: Op, profile: Profile, fresh: bool = True, last: bool = False) -> tuple[object, ...]:
     """The profiled operation nearest to this one: what was not drilled apart makes no difference there."""
-    choices = [key_of(op, fresh, last), key_of(op, fresh, not last), key_of(op, not fresh, last)]
+    choices = [key_of(op, f, e) for f in (fresh, not fresh) for e in (last, not last)]
+    if isinstance(op, Pull) and profile.before[op.t] > 0:
+        choices = [key_of(op, f, e) for e in (last, not last) for f in (fresh, not fresh)]
     choices += [("run", op.t, True)] if isinstance(op, Rerun) else []
     return next(key for key in choices if key in profile.costs)
 
@@ -88,7 +91,7 @@ class _Books:
             self._begin_turn(op.t if isinstance(op, Run) else profile.depth)
         if not isinstance(op, Drop):
             last = isinstance(op, Pull) and place == self.last_pull[op.t]
-            peak = self.live + profile.costs[_cost_key(op, profile, self._is_fresh(op), last)].peak_bytes
+            peak = self._peak(op, profile.costs[_cost_key(op, profile, self._is_fresh(op), last)])
         if isinstance(op, Run):
             self._run(op)
         elif isinstance(op, Rerun):
@@ -104,6 +107,14 @@ class _Books:
         else:
             self._release(("x", op.state), "engine")
         return Moment(op, self.live, max(peak, self.live + self.delivered.get(place, 0)))
+
+    def _peak(self, op: Op, cost: OpCost) -> int:
+        """The operation's peak; a rebuilt block's own copy of its output is gone in the second half of a pull."""
+        peak = self.live + cost.peak_bytes
+        if isinstance(op, Pull) and cost.later_bytes is not None:
+            copy = self.profile.state[op.t + 1] if op.t in self.rebuilt else 0
+            peak = max(peak, self.live + cost.later_bytes - copy)
+        return peak
 
     def _end_forward(self) -> int:
         """The model's forward returns its loss and lets go of everything; the peak of the backward that follows."""

@@ -62,12 +62,17 @@ def _layout(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
 
 
 def _pool(state: Tensor, positions: tuple[int, ...]) -> Tensor:
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    if len(positions) not in pools:
-        raise ValueError(f"projection: no pooling to {len(positions)} dimensions; give projection=callable(state, shape).")
-    return pools[len(positions)](state, positions)  # type: ignore[operator]
+    match positions:
+        case (n,):
+            return F.adaptive_avg_pool1d(state, n)
+        case (n, m):
+            return F.adaptive_avg_pool2d(state, (n, m))
+        case (n, m, k):
+            return F.adaptive_avg_pool3d(state, (n, m, k))
+    raise ValueError(f"projection: no pooling to {len(positions)} dimensions; give projection=callable(state, shape).")
 
 
 def _pool_channels(state: Tensor, channels: int) -> Tensor:
     rows = state.movedim(1, -1)
-    return F.adaptive_avg_pool1d(rows.flatten(0, -2), channels).unflatten(0, rows.shape[:-1]).movedim(-1, 1)
+    pooled = F.adaptive_avg_pool1d(rows.flatten(0, -2), channels)
+    return pooled.reshape(*rows.shape[:-1], channels).movedim(-1, 1)

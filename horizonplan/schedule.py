@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -145,7 +146,7 @@ class Schedule:
     def local(cls, depth: int, parts: int) -> Schedule:
         """``parts`` disjoint modules of nearly equal size (larger ones first), each with its own loss."""
         bounds = _bounds(depth, parts, "parts")
-        return cls(depth, tuple(Window(a, b, b) for a, b in zip(bounds, bounds[1:], strict=False)))
+        return cls(depth, tuple(Window(a, b, b) for a, b in pairwise(bounds)))
 
     @classmethod
     def loco(cls, depth: int, stages: int, summed: bool = False) -> Schedule:
@@ -278,6 +279,8 @@ def _validate(depth: int, windows: Sequence[Window], recompute: int) -> None:
             raise ValueError(f"windows[{i}]={w}: ends may not decrease; sort the windows by their end.")
         updated |= set(range(w.first, w.stop))
     if sum(w.end == depth for w in windows) != 1:
-        raise ValueError(f"windows={tuple(windows)}: exactly one window must end at depth={depth}, with the final loss.")
+        raise ValueError(
+            f"windows={tuple(windows)}: exactly one window must end at depth={depth}, with the final loss."
+        )
     if missing := sorted(set(range(depth)) - updated):
         raise ValueError(f"windows={tuple(windows)}: blocks {missing} are updated by no window; cover them.")

@@ -23,7 +23,7 @@ RATE_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One quantity: predicted, measured, and whether they agree. ``ok`` is ``None`` where there is nothing to compare."""
+    """One quantity: predicted, measured, and whether they agree (``None``: there is nothing to compare)."""
 
     predicted: float | None
     measured: float | None
@@ -64,7 +64,11 @@ def verify(
 
     Args:
         plan: the plan.
-        model, data, loss, compute_loss, projection: as for :func:`horizonplan.plan_horizon`.
+        model: the model the plan was made for.
+        data: as for :func:`horizonplan.plan_horizon`, and so are loss, compute_loss and projection.
+        loss: likewise.
+        compute_loss: likewise.
+        projection: likewise.
         steps: steps of the short run beside back-propagation.
         batches: batches of which the largest measures memory and time.
         optimizer: as for :func:`horizonplan.plan_horizon`.

@@ -114,7 +114,7 @@ def test_the_default_loss_follows_from_types_and_shapes(output, target, wanted):
     ],
 )
 def test_no_default_loss_is_guessed_for_what_does_not_fit(output, target):
-    with pytest.raises(ValueError, match="loss=None: no default loss .*give loss= or compute_loss="):
+    with pytest.raises(ValueError, match=r"loss=None: no default loss .*give loss= or compute_loss="):
         default_loss(output, target)
 
 
@@ -135,9 +135,9 @@ def test_a_loss_of_one_element_is_a_scalar():
 
 @pytest.mark.parametrize("batch", [X, (X,), {"x": X}])
 def test_a_batch_without_target_is_refused_with_the_remedy(batch):
-    with pytest.raises(ValueError, match="batch: no target .*compute_loss"):
+    with pytest.raises(ValueError, match=r"batch: no target .*compute_loss"):
         resolve_loss()(Named(), batch)
-    with pytest.raises(ValueError, match="batch: no target .*compute_loss"):
+    with pytest.raises(ValueError, match=r"batch: no target .*compute_loss"):
         resolve_loss(F.mse_loss)(Named(), batch)
 
 
@@ -162,7 +162,7 @@ def test_a_dataset_becomes_batches_of_one_order_for_one_seed():
     data = TensorDataset(torch.arange(10))
     first, again = ([b[0].tolist() for b in as_loader(data, 4, True, seed=3)] for _ in range(2))
     assert first == again
-    assert sorted(sum(first, [])) == list(range(10))
+    assert sorted(i for batch in first for i in batch) == list(range(10))
     assert [len(b) for b in first] == [4, 4, 2]
 
 

@@ -115,6 +115,13 @@ def test_resnet_62_has_62_layers():
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == 62
 
 
+def test_small_gain_starts_near_the_identity():
+    x = values(4, 1, 8, 8)
+    torch.manual_seed(0)
+    model = ResidualCNN(1, (4,), blocks_per_stage=3, gain=1e-4)
+    torch.testing.assert_close(model(x), model.head(model.stem(x).mean(dim=(2, 3))), atol=1e-2, rtol=0)
+
+
 def test_gpt_sees_no_later_token():
     model = CharacterGPT(11, width=16, depth=2, heads=2, context=8)
     tokens = classes(1, 8, of=11)

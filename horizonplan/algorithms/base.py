@@ -25,7 +25,13 @@ class Algorithm(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``'s state."""
+        """Restore ``state_dict``'s state.
+
+        Raises:
+            ValueError: this method has no state of its own, and some is given.
+        """
+        if state:
+            raise ValueError(f"state: {type(self).__name__} keeps no state of its own, got {sorted(state)}.")
 
 
 class GradientMethod(Algorithm):
@@ -33,7 +39,7 @@ class GradientMethod(Algorithm):
 
     @abstractmethod
     def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
-        """Add ``scale`` times the method's gradient into ``p.grad``; return the terminal loss, unscaled and detached."""
+        """Add ``scale`` times the gradient into ``p.grad``; return the terminal loss, unscaled and detached."""
 
     def step(self, chain: Chain, batch: Any, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clear the gradients, accumulate this method's, update.

@@ -147,8 +147,13 @@ class Ambient:
 
 
 def quiet(model: nn.Module) -> ExitStack:
-    """A context for trial forwards: random state, buffers and cache flags are as before when it ends."""
+    """A context for trial forwards: random state, buffers and cache flags are as before when it ends.
+
+    Compiled blocks run eagerly in it, so that watching their insides does not recompile them.
+    """
     stack = ExitStack()
+    if any(m.__dict__.get(_ENTRY) is not None for m in model.modules()):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
     stack.enter_context(torch.random.fork_rng(devices=rng_devices(model)))
     stack.enter_context(scratch_buffers(model.modules()))
     stack.enter_context(without_cache(model))

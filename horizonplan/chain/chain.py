@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizonplan.batch import ComputeLoss, LossFunction, default_loss, model_inputs, resolve_loss, signature, target_of, tensors
+from horizonplan.batch import (
+    ComputeLoss,
+    LossFunction,
+    default_loss,
+    model_inputs,
+    resolve_loss,
+    signature,
+    target_of,
+    tensors,
+)
 from horizonplan.chain.calls import quiet, regrouped, without_cache
 from horizonplan.chain.find import Found, find_blocks, named_blocks
 from horizonplan.chain.head import HeadOnly
@@ -209,16 +219,18 @@ class Chain:
         standins: dict[nn.Module, list[Any]],
         shapes: Shapes | None,
         outputs: Sequence[Output | None],
+        passing: list[Tensor | None] | None = None,
     ) -> Tensor:
         """Head and loss at a state that requires grad (Eq. 9: the window's loss).
 
-        ``shapes`` comes from :meth:`shapes_for`, ``standins`` and ``outputs`` from the step's own forward.
+        ``shapes`` comes from :meth:`shapes_for`, ``standins`` and ``outputs`` from the step's own forward;
+        ``passing`` is what each block returns in place of its state (``None``: the state itself).
         """
-        z, passing = state, [None] * self.depth
+        z, passing = state, passing or [None] * self.depth
         if shapes is not None:
             z = self._project(state, shapes)
             if self.layout.glue:
-                passing = [self.nan(state).expand(shape) for shape in shapes.states[1:]]  # type: ignore[misc]
+                passing = [self.nan(state).expand(shape) for shape in shapes.states[1:]]
                 standins = {**shapes.standins, **standins}
         known = next(o for o in reversed(outputs) if o is not None)
         head = HeadOnly(
@@ -226,14 +238,16 @@ class Chain:
             self.blocks,
             [known if o is None else o for o in outputs],
             standins,
-            passing,  # type: ignore[arg-type]
+            passing,
             self._outside(),
             dense=self.layout.dense or self.layout.copy_state[-1],
         )
         return head(z, lambda: self.loss(batch))
 
     def _project(self, state: Tensor, shapes: Shapes) -> Tensor:
-        wanted = (state.shape[0], *shapes.states[-1][1:])
+        wanted, dtype = (state.shape[0], *shapes.states[-1][1:]), self.layout.dtype
+        if dtype is not None and state.dtype != dtype and not torch.is_autocast_enabled(state.device.type):
+            state = state.to(dtype)
         return state if tuple(state.shape) == wanted else self._projection(state, wanted)
 
     def _outside(self) -> list[nn.Module]:
@@ -241,31 +255,42 @@ class Chain:
         return [m for m in self.model.modules() if m not in inside and m._buffers]
 
     def _check_head(self, batch: Any) -> None:
-        """One head at the first state: it must run, and be finite where the terminal loss is."""
+        """Try a head at x(1): it must run, be finite where the terminal loss is, and read no other state."""
         if self.depth == 1:
             return
         layout, shapes = self.layout, self.layout.shapes[signature(batch)]
         try:
             try:
-                loss = self._trial_head(batch, shapes)
+                losses = self._trial_heads(batch, shapes)
             except RuntimeError as error:
                 if "single memory location" not in str(error):
                     raise
                 layout.dense = True
-                loss = self._trial_head(batch, shapes)
+                losses = self._trial_heads(batch, shapes)
         except Exception as error:
             raise ChainError(f"the head cannot be evaluated at x(1): {error!r}. {WAYS_OUT}") from error
-        if layout.finite and not torch.isfinite(loss):
+        if layout.finite and not all(map(math.isfinite, losses)):
             raise ChainError(
-                f"the loss at x(1) is {loss.item()}: the head reads something besides the last state "
+                f"the loss at x(1) is {losses[0]}: the head reads something besides the last state "
                 f"(place-holders of the stem's output are NaN). {WAYS_OUT}"
             )
+        if layout.finite and losses[0] != losses[1]:
+            raise ChainError(
+                f"the loss at x(1) depends on the states before the last one ({losses[0]} and {losses[1]} for two "
+                f"choices of them): the head reads an earlier state. {WAYS_OUT}"
+            )
 
-    def _trial_head(self, batch: Any, shapes: Shapes) -> Tensor:
+    def _trial_heads(self, batch: Any, shapes: Shapes) -> list[float]:
+        """The loss at one random state, with the state itself and with noise in place of the others."""
         with self.running(), quiet(self.model):
-            state = torch.randn(shapes.states[1], device=self.device, dtype=self.layout.dtype, requires_grad=True)
+            shape, dtype = shapes.states[1], self.layout.dtype
+            state = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+            noise: list[Tensor | None] = [torch.randn(shape, device=self.device, dtype=dtype)] * self.depth
             needed = self.shapes_for(batch, ())
-            return self.loss_at(state, batch, shapes.standins, needed, self.layout.outputs)
+            return [
+                self.loss_at(state, batch, shapes.standins, needed, self.layout.outputs, passing).item()
+                for passing in (None, noise)
+            ]
 
 
 def _composed_layout(model: _Composed) -> Layout:
@@ -328,7 +353,11 @@ def _alike(blocks: Sequence[nn.Module]) -> bool:
     def architecture(block: nn.Module) -> list[Any]:
         plain = (bool, int, float, str, tuple)
         return [
-            (type(m), {k: v for k, v in vars(m).items() if isinstance(v, plain)}, [p.shape for p in m._parameters.values() if p is not None])
+            (
+                type(m),
+                {k: v for k, v in vars(m).items() if isinstance(v, plain)},
+                [p.shape for p in m._parameters.values() if p is not None],
+            )
             for m in block.modules()
         ]
 

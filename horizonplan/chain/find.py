@@ -79,10 +79,7 @@ def named_blocks(model: nn.Module, blocks: str | Sequence[str]) -> Found:
         ValueError: a name or pattern matches nothing, or one module is named twice.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(blocks, str):
-        names = _matches(modules, blocks)
-    else:
-        names = [str(name) for name in blocks]
+    names = _matches(modules, blocks) if isinstance(blocks, str) else [str(name) for name in blocks]
     for name in names:
         if name not in modules:
             raise ValueError(f"blocks: {name!r} is no submodule of {type(model).__name__}; see model.named_modules().")
@@ -162,7 +159,9 @@ def _interleaved(model: nn.Module, blocks: list[nn.Module], names: dict[nn.Modul
 
 def _groups(container: nn.Sequential, names: dict[nn.Module, str], calls: list[nn.Module]) -> Found | None:
     children = list(container._modules.items())
-    heads = [i for i, (_, child) in enumerate(children) if child is not None and next(child.parameters(), None) is not None]
+    heads = [
+        i for i, (_, child) in enumerate(children) if child is not None and next(child.parameters(), None) is not None
+    ]
     if calls.count(container) > 1 or len(heads) < 2:
         return None
     last = max(i for i, m in enumerate(calls) if m in set(container.modules()))

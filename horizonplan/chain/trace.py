@@ -60,7 +60,7 @@ class Layout:
     copy_state: list[bool]
     glue: bool = False
     shapes: dict[Any, Shapes] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     finite: bool = True
     dense: bool = False
 
@@ -96,7 +96,9 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], r
     return graph.layout()
 
 
-def record_shapes(model: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], run: Callable[[], Tensor]) -> Shapes:
+def record_shapes(
+    model: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], run: Callable[[], Tensor]
+) -> Shapes:
     """Shapes for another batch signature, by one forward without a graph."""
     survey = _Survey(model, blocks, names)
     survey.forward(run)
@@ -130,7 +132,9 @@ class _Survey:
         self.last = None
         missing = [name for t, name in enumerate(self.names) if t not in self.called]
         if missing:
-            raise ChainError(f"blocks {missing} are never called in the model's forward (through module(...)). {WAYS_OUT}")
+            raise ChainError(
+                f"blocks {missing} are never called in the model's forward (through module(...)). {WAYS_OUT}"
+            )
 
     def shapes(self) -> Shapes:
         return Shapes(tuple(self.states), self.standins)
@@ -150,7 +154,8 @@ class _Survey:
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
         if t in self.called:
             raise ChainError(
-                f"block {self.names[t]!r} runs more than once in one forward: one module cannot be two blocks. {WAYS_OUT}"
+                f"block {self.names[t]!r} runs more than once in one forward: one module cannot be two blocks. "
+                f"{WAYS_OUT}"
             )
         if t != len(self.called):
             raise ChainError(
@@ -249,7 +254,9 @@ class _GraphWalk:
                     f"its gradient would be cut with the state's. {WAYS_OUT}"
                 )
         if t > 0:
-            reached, self.before[t] = self._reach(given, self.mark, f"what runs before block {self.names[t]!r}", self.leaf)
+            reached, self.before[t] = self._reach(
+                given, self.mark, f"what runs before block {self.names[t]!r}", self.leaf
+            )
             if not reached:
                 raise ChainError(
                     f"block {self.names[t]!r} does not take the output of block {self.names[t - 1]!r}. {WAYS_OUT}"
@@ -271,10 +278,13 @@ class _GraphWalk:
         reached, self.uses[t] = self._reach(output.state, start, f"block {self.names[t]!r}", allowed)
         if t > 0 and not reached:
             raise ChainError(
-                f"block {self.names[t]!r}: its output does not depend on its input (or it runs under no_grad). {WAYS_OUT}"
+                f"block {self.names[t]!r}: its output does not depend on its input (or it runs under no_grad). "
+                f"{WAYS_OUT}"
             )
         if not output.state.is_floating_point():
-            raise ChainError(f"block {self.names[t]!r} returns {output.state.dtype}: states must be floating. {WAYS_OUT}")
+            raise ChainError(
+                f"block {self.names[t]!r} returns {output.state.dtype}: states must be floating. {WAYS_OUT}"
+            )
         leaf = output.state.detach().requires_grad_()
         self.places[id(leaf)] = (leaf, f"the output of block {self.names[t]!r}")
         self.leaf = leaf
@@ -307,7 +317,9 @@ class _GraphWalk:
             if leaf is allowed:
                 reached = True
             elif id(leaf) in self.places:
-                raise ChainError(f"{who} also reads {self.places[id(leaf)][1]}: the model is no chain there. {WAYS_OUT}")
+                raise ChainError(
+                    f"{who} also reads {self.places[id(leaf)][1]}: the model is no chain there. {WAYS_OUT}"
+                )
             else:
                 parameters.append(leaf)
         return reached, parameters  # type: ignore[return-value]

@@ -75,7 +75,9 @@ def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.O
     optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if chain.device.type != "cuda":
-        base = own_bytes(list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state), list(tensors(batch)))
+        base = own_bytes(
+            list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state), list(tensors(batch))
+        )
         with LiveBytes() as tracker:
             step(chain, batch, schedule, optimizer)
         optimizer.zero_grad(set_to_none=True)

@@ -12,42 +12,31 @@ import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from horizonplan.batch import tensors
 from horizonplan.chain import Chain
 from horizonplan.gradient import HEAD, STEM, Step, execute
+from horizonplan.probes.drill import Driller, Key, clear, full_drill, key_of, last_pulls, plain_drill
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
 from horizonplan.probes.tracker import Flops, LiveBytes, own_bytes
-from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run, Schedule
-
-Key = tuple[Any, ...]
-
-
-def key_of(op: Op, fresh: bool = False, last: bool = False) -> Key:
-    """What an operation's cost depends on.
-
-    ``fresh``: a weight pull whose gradients do not exist yet; ``last``: the last pull of a block, which
-    may free what the model did before it.
-    """
-    if isinstance(op, Pull):
-        return ("pull", op.t, op.weights, op.input, op.keep, fresh and op.weights, last)
-    if isinstance(op, Loss):
-        return ("loss", op.end, op.final)
-    return ("run", op.t, op.graph) if isinstance(op, Run) else ("rerun", op.t)  # type: ignore[union-attr]
+from horizonplan.schedule import Drop, Loss, Op, Pull, Run, Schedule
 
 
 @dataclass(frozen=True)
 class OpCost:
-    """One operation's peak over the bytes alive when it begins, and its FLOPs."""
+    """One operation's peak over the bytes alive when it begins, and its FLOPs.
+
+    ``later_bytes`` is the peak of a second half: of a pull, when it goes on through what is before the block.
+    """
 
     peak_bytes: int
     flops: int
+    later_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +44,12 @@ class Profile:
     """Measured costs of one model on one batch.
 
     ``state[t]`` and ``cotangent[t]`` are bytes of x(t) and its gradient; the model itself holds x(t)
-    until turn ``released[t]`` begins (``depth``: the head, ``depth + 1``: its forward's end). Of block t, ``graph[t]`` are the bytes its graph holds
-    besides states, ``before[t]`` those of what the model does before it (the stem's graph, for block
-    0), ``arrival[t]`` those of its own input where that is not x(t), ``lasting[t]`` those that stay
-    until the forward ends. ``gradients[g]`` lists (parameter, bytes) for group g: a block, HEAD or
-    STEM. ``base_bytes`` counts parameters, buffers, optimiser state and batch, ``update_bytes`` the
-    optimiser step's peak over the gradients.
+    until turn ``released[t]`` begins (``depth``: the head, ``depth + 1``: its forward's end). Of
+    block t, ``graph[t]`` are the bytes its graph holds besides states, ``before[t]`` those of what the
+    model does before it (the stem's graph, for block 0), ``arrival[t]`` those of its own input where
+    that is not x(t), ``lasting[t]`` those that stay until the forward ends. ``gradients[g]`` lists
+    (parameter, bytes) for group g: a block, HEAD or STEM. ``base_bytes`` counts parameters, buffers,
+    optimiser state and batch, ``update_bytes`` the optimiser step's peak over the gradients.
     """
 
     depth: int
@@ -101,109 +90,15 @@ def profile(chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats
         result = _measure_bytes(chain, batch)
         times: dict[Key, list[float]] = defaultdict(list)
         for _ in range(repeats):
-            for ops in (_drill(chain, [True], [True]), _plain(chain)):
+            for ops in (full_drill(chain, [True], [True]), plain_drill(chain)):
                 execute(chain, batch, ops, observer=_Clock(chain, times), gather=False)
-                _clear(chain)
+                clear(chain)
     medians = {key: statistics.median(values) for key, values in times.items()}
     with restored(chain, weights=True):
         return replace(result, seconds=medians, **_update(chain, batch, optimizer, repeats))
 
 
-def _drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> list[Op]:
-    """Every block once, and every way to pull through it; the graph is rebuilt where a pull used it up."""
-    ops: list[Op] = []
-    for t in range(chain.depth):
-        ops += [Run(t, graph=True), Loss(t + 1, final=False)]
-        pulls = [
-            Pull(t, weights, wanted, keep)
-            for keep in keeps
-            for weights, wanted in ((True, True), (True, False), (False, True))
-            if (chain.trainable[t] or not weights) and (t > 0 or chain.stem_trains or not wanted)
-            for _ in (freshes if weights else [True])
-        ]
-        for i, pull in enumerate(pulls):
-            if i and _trains_before(chain, t):
-                ops.append(Loss(t + 1, final=False))
-            ops.append(pull)
-            if not pull.keep and i + 1 < len(pulls):
-                ops.append(Rerun(t))
-        if pulls and pulls[-1].keep:
-            ops += [Loss(t + 1, final=False)] * _trains_before(chain, t)
-            ops.append(replace(pulls[-1], keep=False))
-        ops.append(Drop(t))
-    return [*ops, Loss(chain.depth, final=True), Drop(chain.depth)]
-
-
-def _last_pulls(chain: Chain, weights: bool, wanted: bool) -> list[Op]:
-    """One pull through every block that has something to train before it."""
-    ops: list[Op] = []
-    for t in range(chain.depth):
-        legal = (chain.trainable[t] or not weights) and (t > 0 or chain.stem_trains or not wanted)
-        if _trains_before(chain, t) and legal:
-            ops += [Run(t, graph=True), Loss(t + 1, final=False), Pull(t, weights, wanted, keep=False), Drop(t)]
-        else:
-            ops += [Run(t, graph=False), Drop(t)]
-    return [*ops, Loss(chain.depth, final=True), Drop(chain.depth)]
-
-
-def _trains_before(chain: Chain, t: int) -> bool:
-    """Whether a pull through block ``t`` may go on through what the model does before it."""
-    return any(p.requires_grad for p in chain.layout.before[t]) or (t > 0 and chain.layout.glue)
-
-
-def _plain(chain: Chain) -> list[Op]:
-    """Every block once without a graph."""
-    runs = [op for t in range(chain.depth) for op in (Run(t, graph=False), Drop(t))]
-    return [*runs, Loss(chain.depth, final=True), Drop(chain.depth)]
-
-
-def _clear(chain: Chain) -> None:
-    for p in chain.parameters():
-        p.grad = None
-
-
-class _Driller:
-    """Feeds every pull of a drill its block's cotangent, and alternates fresh and present gradients.
-
-    A cotangent is kept for the block's next pull, except where the pull goes on through a stem: there
-    it must be free to go when the engine lets go of it, so the drill has a loss before each pull.
-    """
-
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
-        self.cotangent: Tensor | None = None
-        self.pulls: dict[Key, int] = defaultdict(int)
-        self.fresh = True
-
-    def begin(self, op: Op, step: Step) -> None:
-        if not isinstance(op, Pull):
-            return
-        if self.cotangent is not None:
-            step.cotangents[op.t + 1] = self.cotangent
-        if step.place == step.last_pull[op.t]:
-            self.cotangent = None
-        place = key_of(op)
-        self.fresh = op.weights and self.pulls[place] % 2 == 0
-        self.pulls[place] += 1
-        if self.fresh:
-            _clear(self.chain)
-
-    def arrive(self, op: Op, step: Step) -> None:
-        pass
-
-    def end(self, op: Op, step: Step) -> None:
-        if isinstance(op, Loss) and not op.final and not _trains_before(self.chain, op.end - 1):
-            self.cotangent = step.cotangents[op.end]
-        if isinstance(op, Pull):
-            step.cotangents.pop(op.t, None)
-        if isinstance(op, Drop):
-            self.cotangent = None
-            step.cotangents.clear()
-            if op.state < self.chain.depth:
-                _clear(self.chain)
-
-
-class _Clock(_Driller):
+class _Clock(Driller):
     """Seconds of each operation."""
 
     def __init__(self, chain: Chain, times: dict[Key, list[float]]) -> None:
@@ -244,7 +139,7 @@ class _Turn:
     released: int = 0
 
 
-class _Bytes(_Driller):
+class _Bytes(Driller):
     """Bytes and FLOPs of each operation, and live bytes at every turn's landmarks."""
 
     def __init__(self, chain: Chain, tracker: LiveBytes, flops: Flops) -> None:
@@ -255,6 +150,7 @@ class _Bytes(_Driller):
         self.gradients: dict[int, tuple[tuple[int, int], ...]] = {}
         self.cotangents: dict[int, int] = {}
         self.live = self.flops_before = 0
+        self.halfway: int | None = None
         self.index = {id(p): i for i, p in enumerate(chain.parameters())}
 
     def begin(self, op: Op, step: Step) -> None:
@@ -276,6 +172,9 @@ class _Bytes(_Driller):
             else:
                 turn.peak = self.tracker.peak
                 self.tracker.reset_peak()
+        elif isinstance(op, Pull):
+            self.halfway = self.tracker.peak
+            self.tracker.reset_peak()
 
     def end(self, op: Op, step: Step) -> None:
         tracker = self.tracker
@@ -288,7 +187,10 @@ class _Bytes(_Driller):
                 self._note_states(op.t, step)
         elif not isinstance(op, Drop):
             last = isinstance(op, Pull) and step.place - 1 == step.last_pull[op.t]
-            cost = OpCost((tracker.peak or self.live) - self.live, flops)
+            peak = tracker.peak or self.live
+            first, later = (peak, None) if self.halfway is None else (self.halfway or self.live, peak - self.live)
+            cost = OpCost(first - self.live, flops, later)
+            self.halfway = None
             self.costs[key_of(op, self.fresh, last)] = cost
         self._note_gradients(op, step)
         super().end(op, step)
@@ -340,17 +242,19 @@ def _observe(chain: Chain, batch: Any, ops: list[Op]) -> _Bytes:
     with LiveBytes() as tracker, Flops() as counter:
         observed = _Bytes(chain, tracker, counter)
         execute(chain, batch, ops, observer=observed, gather=False)
-    _clear(chain)
+    clear(chain)
     return observed
 
 
 def _measure_bytes(chain: Chain, batch: Any) -> Profile:
     depth = chain.depth
-    full = _observe(chain, batch, _drill(chain, [True, False], [True, False]))
-    plain = _observe(chain, batch, _plain(chain))
-    costs = dict(full.costs)
+    costs = dict(_observe(chain, batch, full_drill(chain, [True, False], [True, False])).costs)
+    full = _observe(chain, batch, full_drill(chain, [True], [True]))
+    plain = _observe(chain, batch, plain_drill(chain))
     for weights, wanted in ((True, True), (True, False), (False, True)):
-        costs |= {k: c for k, c in _observe(chain, batch, _last_pulls(chain, weights, wanted)).costs.items() if k[0] == "pull"}
+        costs |= {
+            k: c for k, c in _observe(chain, batch, last_pulls(chain, weights, wanted)).costs.items() if k[0] == "pull"
+        }
     for observed, with_graph in ((plain, False), (full, True)):
         for t, turn in enumerate(observed.turns):
             start = turn.begin - observed.let_go(t)

@@ -33,7 +33,9 @@ def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) ->
         return type(optimizer)([dict(group) for group in optimizer.param_groups])  # type: ignore[call-arg]
     made = optimizer(parameters) if callable(optimizer) else None
     if not isinstance(made, Optimizer):
-        raise ValueError(f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None.")
+        raise ValueError(
+            f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None."
+        )
     return made
 
 

@@ -17,8 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+_ATEN = torch.ops.aten
+_ATTENTION_ON_CPU = {  # which torch counts on CUDA only
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 
-class LiveBytes(TorchDispatchMode):
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live and peak bytes of storages made inside the ``with`` block.
 
     ``before_next`` is called once, before the next operator.
@@ -30,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self.before_next: Callable[[], None] | None = None
@@ -46,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
 
     def key_of(self, tensor: Tensor) -> int:
         """A name for a tensor's storage, for :meth:`alive`."""
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def alive(self, key: int) -> bool:
         """Whether a storage made here is still alive."""
@@ -76,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-class Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """FLOPs of matrix products, convolutions and attention dispatched inside the ``with`` block.
 
     Formulas are torch's own (``torch.utils.flop_counter``): a multiplication and an addition are two.
@@ -88,13 +94,14 @@ class Flops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        kind = getattr(func, "_overloadpacket", None)
+        formula = flop_registry.get(_ATTENTION_ON_CPU.get(kind, kind))
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=out))
         return out

@@ -12,7 +12,9 @@ from horizonplan.batch import ComputeLoss, call, model_inputs, move, output_tens
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Iterable[Any], compute_loss: ComputeLoss, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: Iterable[Any], compute_loss: ComputeLoss, device: torch.device
+) -> dict[str, float]:
     """Evaluate a model in eval mode; its mode is restored.
 
     Returns:

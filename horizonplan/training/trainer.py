@@ -80,7 +80,9 @@ def train(
         optimizer: ``callable(params) -> Optimizer``, an Optimizer over this model's parameters, or ``None``
             for ``AdamW(lr=1e-3)``.
         run_dir: a directory for ``log.jsonl``, ``plan.json`` and the final weights ``model.pt``.
-        loss, compute_loss, projection: as for :func:`horizonplan.plan_horizon`.
+        loss: as for :func:`horizonplan.plan_horizon`.
+        compute_loss: likewise.
+        projection: likewise.
         blocks: as for :func:`horizonplan.plan_horizon`; a plan brings its own.
         device: where to train; ``None``: where the model is.
         seed: of a Dataset's order and of torch's generator during the run.
@@ -143,7 +145,9 @@ class _Run:
     def _watched(self, batch: Any) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         model = self.chain.model
-        base = own_bytes(list(model.parameters()), list(model.buffers()), dict(self.optimizer.state), list(tensors(batch)))
+        base = own_bytes(
+            list(model.parameters()), list(model.buffers()), dict(self.optimizer.state), list(tensors(batch))
+        )
         with LiveBytes() as tracker:
             loss = self.method.step(self.chain, batch, self.optimizer).item()
         self.peak_bytes = base + tracker.peak
@@ -151,7 +155,12 @@ class _Run:
 
 
 def _loop(
-    run: _Run, loader: Iterable[Any], val_loader: Iterable[Any] | None, epochs: int, compute: ComputeLoss, progress: Progress
+    run: _Run,
+    loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+    epochs: int,
+    compute: ComputeLoss,
+    progress: Progress,
 ) -> Result:
     history: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
@@ -200,10 +209,14 @@ def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, paramet
         return torch.optim.AdamW(trainable, lr=1e-3)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable) if callable(optimizer) else None
     if not isinstance(made, Optimizer):
-        raise ValueError(f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None.")
+        raise ValueError(
+            f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None."
+        )
     known = {id(p) for p in trainable}
     if not any(id(p) in known for group in made.param_groups for p in group["params"]):
-        raise ValueError("optimizer: it holds none of this model's trainable parameters; make it from model.parameters().")
+        raise ValueError(
+            "optimizer: it holds none of this model's trainable parameters; make it from model.parameters()."
+        )
     return made
 
 

@@ -21,50 +21,8 @@ from horizonplan.chain import Chain
 from horizonplan.chain.calls import Ambient, BufferLog, Buffers, handler, intercept, rng_devices, scratch_buffers
 from horizonplan.chain.slots import Output
 from horizonplan.chain.trace import ChainError, Shapes, standin
-from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run, Schedule
-
-HEAD, STEM = -2, -1
-
-
-def horizon_backward(
-    chain: Chain,
-    batch: Any,
-    horizon: int | Schedule,
-    stride: int = 1,
-    recompute: int = 0,
-    scale: float | Tensor = 1.0,
-) -> Tensor:
-    """Accumulate the horizon gradient into ``p.grad``, as ``loss.backward()`` does for horizon = depth.
-
-    Block t's gradient is that of the loss at x(min(s*floor(t/s) + h, T)) with its window's first
-    state as a constant (Unifying Back-Propagation and Forward-Forward Algorithms through Model
-    Predictive Control, Eq. 9 and Remark 3.2; h = T is Eq. 3). The stem trains with block 0, the head
-    with the terminal loss. A parameter used several times gets the sum over its uses. Each block's
-    forward runs once, and once more per window that covers it with ``recompute``. Hooks fire as
-    usual: post-accumulate hooks once a parameter and call.
-
-    Args:
-        chain: the model; its forward runs in its present mode (train or eval).
-        batch: a batch on the model's device.
-        horizon: h, blocks each gradient looks ahead, or a whole :class:`Schedule`.
-        stride: s, blocks between the starts of two windows; 1 is the paper's family.
-        recompute: k, activation checkpointing every k blocks; 0 keeps the graphs.
-        scale: factor on the gradient (loss scaling, accumulation); not on the returned loss.
-
-    Returns:
-        The terminal loss, unscaled and detached, shape ``()``. As with ``backward()``, a loss that is
-        not finite is not refused here.
-
-    Raises:
-        ValueError: unless ``1 <= stride <= horizon <= depth``; nothing is trainable; a loss is no scalar.
-    """
-    if isinstance(horizon, Schedule):
-        schedule = horizon
-        if schedule.depth != chain.depth:
-            raise ValueError(f"horizon: the schedule is for depth {schedule.depth}, the chain has {chain.depth} blocks.")
-    else:
-        schedule = Schedule.horizon(chain.depth, horizon, stride, recompute)
-    return execute(chain, batch, schedule.ops(chain.stem_trains, chain.trainable), scale)
+from horizonplan.gradient.sums import Sums
+from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run
 
 
 class Observer(Protocol):
@@ -74,7 +32,7 @@ class Observer(Protocol):
         """Before an operation; for ``Run`` and the final ``Loss``, when the turn before has ended."""
 
     def arrive(self, op: Op, step: Step) -> None:
-        """At a ``Run``'s block, after what the model does before it; for the final ``Loss``, after the forward."""
+        """Halfway: at a ``Run``'s block, between a ``Pull``'s block and what is before it, after the final forward."""
 
     def end(self, op: Op, step: Step) -> None:
         """After an operation."""
@@ -91,6 +49,8 @@ def execute(
     """Execute a list of operations on one batch; see :func:`horizon_backward`.
 
     ``gather=False`` accumulates every partial gradient of a parameter at once (hooks then fire each time).
+    After an error, gradients that were ``None`` are ``None`` again; to one that was there, finished windows may
+    have added.
     """
     if not any(p.requires_grad for p in chain.parameters()):
         raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
@@ -161,14 +121,15 @@ class Step:
         self.heads = any(isinstance(op, Loss) and not op.final for op in ops)
         self.ambient = Ambient()
         self.devices = rng_devices(chain.model)
-        self.shared = _Shared(chain, ops if gather else [])
+        self.sums = Sums(chain, ops if gather else [])
 
     def run(self) -> Tensor:
+        """Run the model's forward with the operations inside it; returns the terminal loss, detached."""
         chain = self.chain
         handlers = {b: handler(self._turn, t) for t, b in enumerate(chain.blocks)}
         if self.heads:
             handlers |= {m: handler(self._outer, m) for m in self.layout.outer}
-        with chain.running(), self.shared:
+        with chain.running(), self.sums:
             self._begin()
             with intercept(handlers), torch.enable_grad():
                 loss = chain.loss(self.batch)
@@ -188,7 +149,7 @@ class Step:
 
     def _done(self) -> None:
         """The present operation is over: deliver gradients that are complete, go on to the next."""
-        self.shared.deliver(self.place)
+        self.sums.deliver(self.place)
         op = self._op
         self.place += 1
         if self.observer is not None and op is not None:
@@ -256,31 +217,35 @@ class Step:
         return xin.requires_grad_() if xin.is_floating_point() and (t > 0 or self.chain.stem_trains) else xin
 
     def _forward(self, t: int, original: Any, xin: Tensor, args: Any, kwargs: Any, graph: bool) -> Any:
-        """Run block ``t`` on ``xin``; a copy of it where the block overwrites its input."""
+        """Run block ``t`` on ``xin``; on a copy where the block overwrites its input."""
         slot, copies = self.layout.slots[t], self.layout.copy_input
-        block = self.chain.blocks[t]
         with torch.set_grad_enabled(graph), nullcontext() if graph else Ambient().restored(cache=False):
-            if copies[t] is not None:
-                args, kwargs = slot.put(xin.clone() if copies[t] else xin, args, kwargs)
-                return original(*args, **kwargs)
-            copies[t] = False
-            version, rng = xin._version, torch.get_rng_state()
-            log = BufferLog(block.modules())
-            given = xin if graph and xin.requires_grad else xin.clone()
-            try:
-                a, k = slot.put(given, args, kwargs)
-                result = original(*a, **k)
-                copies[t] = given._version != (version if given is xin else 0)
-                return result
-            except RuntimeError as error:
-                if "leaf Variable that requires grad" not in str(error):
-                    raise
-            copies[t] = True
-            torch.set_rng_state(rng)
-            for owner, name, buffer in log.changed():
-                owner[name].copy_(buffer)  # type: ignore[union-attr]
-            args, kwargs = slot.put(xin.clone(), args, kwargs)
+            if copies[t] is None:
+                return self._first_forward(t, original, xin, args, kwargs)
+            args, kwargs = slot.put(xin.clone() if copies[t] else xin, args, kwargs)
             return original(*args, **kwargs)
+
+    def _first_forward(self, t: int, original: Any, xin: Tensor, args: Any, kwargs: Any) -> Any:
+        """The first run ever of a block in a chain built by hand: find out whether it overwrites its input."""
+        slot, copies = self.layout.slots[t], self.layout.copy_input
+        rng, log = torch.get_rng_state(), BufferLog(self.chain.blocks[t].modules())
+        leaf = torch.is_grad_enabled() and xin.requires_grad
+        given = xin if leaf else xin.clone()
+        version = given._version
+        try:
+            given_args, given_kwargs = slot.put(given, args, kwargs)
+            result = original(*given_args, **given_kwargs)
+            copies[t] = given._version != version
+            return result
+        except RuntimeError as error:
+            if not leaf or "leaf Variable that requires grad" not in str(error):
+                raise
+        copies[t] = True
+        torch.set_rng_state(rng)
+        for owner, name, buffer in log.changed():
+            owner[name].copy_(buffer)  # type: ignore[union-attr]
+        args, kwargs = slot.put(xin.clone(), args, kwargs)
+        return original(*args, **kwargs)
 
     def _do(self, op: Op) -> None:
         if isinstance(op, Loss):
@@ -309,7 +274,7 @@ class Step:
         with Ambient.off():
             state = self.states[depth]
             pulls = depth - 1 in self.pulled
-            wanted = [*self.shared.inputs(self.layout.head), *([state] if pulls else [])]
+            wanted = [*self.sums.inputs(self.layout.head), *([state] if pulls else [])]
             if wanted and loss.requires_grad:
                 self._backward_loss(loss, wanted)
             result = loss.detach()
@@ -345,7 +310,11 @@ class Step:
         if t > 0 or self.chain.stem_trains:
             xin.requires_grad_(xin.is_floating_point())
         block = self.chain.blocks[t]
-        with torch.random.fork_rng(devices=self.devices), scratch_buffers(block.modules(), call.buffers), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices=self.devices),
+            scratch_buffers(block.modules(), call.buffers),
+            torch.enable_grad(),
+        ):
             torch.set_rng_state(call.rng[0])
             for device, state in zip(self.devices, call.rng[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)
@@ -361,10 +330,10 @@ class Step:
         last = self.place == self.last_pull[t]
         arrival = self.arrivals.pop(t, None) if last else self.arrivals.get(t)
         trains_before = op.weights if t > 0 else op.input
-        before = self.shared.inputs(self.layout.before[t]) if trains_before and arrival is not None else []
+        before = self.sums.inputs(self.layout.before[t]) if trains_before and arrival is not None else []
         if arrival is not None and arrival.leaf is not None and op.input:
             before.append(arrival.leaf)
-        wanted = self.shared.inputs(self.layout.block[t]) if op.weights else []
+        wanted = self.sums.inputs(self.layout.block[t]) if op.weights else []
         if segment.xin.requires_grad and (before or op.input):
             wanted.append(segment.xin)
         cotangent = self.cotangents.pop(t + 1)
@@ -373,73 +342,10 @@ class Step:
         xin = segment.xin
         del segment, cotangent, wanted
         if arrival is not None and before and arrival.given.requires_grad:
+            if self.observer is not None:
+                self.observer.arrive(op, self)
             through, xin.grad = xin.grad, None
             torch.autograd.backward(arrival.given, through, inputs=before, retain_graph=not last)
             xin = arrival.leaf if arrival.leaf is not None else xin
         if op.input and t > 0:
             self._keep_cotangent(t, xin)
-
-
-class _Shared:
-    """Parameters whose gradient is a sum over uses (tied weights, blocks updated by several windows).
-
-    While a step runs, their modules see an alias on the same storage; partial gradients gather in
-    the alias, and the sum is delivered to the parameter after its last use, so that hooks see it once.
-    """
-
-    def __init__(self, chain: Chain, ops: list[Op]) -> None:
-        self.model = chain.model
-        layout = chain.layout
-        uses: dict[int, list[int]] = {}
-        groups: dict[int, list[nn.Parameter]] = {}
-        for place, op in enumerate(ops):
-            for key in trained_by(op):
-                uses.setdefault(key, []).append(place)
-                groups[key] = {HEAD: layout.head, STEM: layout.before[0]}.get(key) or (
-                    [] if key < 0 else [*layout.block[key], *(layout.before[key] if key > 0 else [])]
-                )
-        several = {id(p): p for p in layout.shared} if ops else {}
-        several |= {id(p): p for key, places in uses.items() if len(places) > 1 for p in groups[key]}
-        self.alias = {i: nn.Parameter(p.detach()) for i, p in several.items() if p.requires_grad}
-        self.parameters = several
-        self.due: dict[int, list[int]] = {}
-        for i in self.alias:
-            places = [places[-1] for key, places in uses.items() if any(id(p) == i for p in groups[key])]
-            if places:
-                self.due.setdefault(max(places), []).append(i)
-        self.saved: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-
-    def __enter__(self) -> None:
-        if self.alias:
-            for module in self.model.modules():
-                for name, p in module._parameters.items():
-                    if p is not None and id(p) in self.alias:
-                        self.saved.append((module._parameters, name, p))
-            for owner, name, p in self.saved:
-                owner[name] = self.alias[id(p)]
-
-    def __exit__(self, *exc: object) -> None:
-        for owner, name, p in self.saved:
-            owner[name] = p
-
-    def inputs(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """What to differentiate for these parameters: the trainable ones, and aliases where there are any."""
-        trainable = [p for p in parameters if p.requires_grad]
-        return [*trainable, *(self.alias[id(p)] for p in trainable if id(p) in self.alias)] if self.alias else [*trainable]
-
-    def deliver(self, place: int) -> None:
-        """Hand over the sums that are complete after the operation at ``place``."""
-        for i in self.due.get(place, ()):
-            total, self.alias[i].grad = self.alias[i].grad, None
-            if total is not None:
-                with Ambient.off():
-                    torch.autograd.backward(self.parameters[i], total)
-
-
-def trained_by(op: Op) -> list[int]:
-    """The parameter groups an operation trains: HEAD, STEM, or a block's number."""
-    if isinstance(op, Loss):
-        return [HEAD] if op.final else []
-    if isinstance(op, Pull):
-        return [*([op.t] if op.weights else []), *([STEM] if op.t == 0 and op.input else [])]
-    return []
