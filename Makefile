@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: venv  ## plan and train a small model; writes plan.json and plan.png here
-	OMP_NUM_THREADS=2 $(BIN)/python -m horizonplan.demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m horizonplan.demo
 
 test: venv  ## fast tests and the docstrings' examples
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu" --doctest-modules horizonplan tests

@@ -68,8 +68,22 @@ def with_memory(row: Row, sample: Sample | None) -> Row:
     return replace(row, memory_bytes=round(sample.value), memory_source="measured", nvml_bytes=nvml)
 
 
-def with_rate(row: Row, sample: Sample) -> Row:
-    """The row with a rollout's rate, or without one where the rollout found none."""
+def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
+    """The rows with their rollouts' rates; without one where the rollout found none."""
+    found = {(s.horizon, s.stride, 0): s for s in rolled}
+    return tuple(_with_rate(row, found.get((row.horizon, row.stride, row.recompute))) for row in rows)
+
+
+def with_derived_rate(row: Row, measured: Sequence[Sample]) -> Row:
+    """The row with its measured cosine, and cos^2 as rate: what is left when no rollout is wanted."""
+    (sample,) = measured
+    row = replace(row, cosine=sample.value, cosine_stderr=sample.stderr, cosine_source="measured")
+    return replace(row, rate=sample.value**2, rate_source="derived")
+
+
+def _with_rate(row: Row, sample: Sample | None) -> Row:
+    if sample is None:
+        return row
     if not math.isfinite(sample.value):
         return replace(row, rate=None, rate_stderr=None, rate_source="unmeasured")
     return replace(row, rate=sample.value, rate_stderr=sample.stderr, rate_source="measured")

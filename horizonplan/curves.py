@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from horizonplan.units import format_bytes
+
 Quantity = Literal["memory", "cosine"]
 Array = NDArray[np.float64]
 Numbers = Sequence[float] | NDArray[np.floating | np.integer]
@@ -211,7 +213,8 @@ def _measurements(
 
 def _warned(curve: Curve) -> Curve:
     if curve.poor:
-        what = f"order {len(curve.coefficients) - 1} fits the {curve.quantity} poorly (off by {curve.misfit:.3g})"
+        off = format_bytes(round(curve.misfit)) if curve.quantity == "memory" else f"{curve.misfit:.3g}"
+        what = f"order {len(curve.coefficients) - 1} fits the {curve.quantity} poorly (off by {off})"
         warnings.warn(f"{what}; measure more horizons, or all that count", PoorFitWarning, stacklevel=3)
     return curve
 

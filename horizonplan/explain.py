@@ -96,13 +96,14 @@ MARKS_IN_WORDS = {
 
 
 def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
-    """References that need no more memory and train no slower than the choice, said plainly."""
+    """References that need less memory, or the same in less time, and train no slower, said plainly."""
     depth = depth_of(rows)
     better = [
         row
         for row in rows
         if row.reference
         and row.memory_bytes <= chosen.memory_bytes
+        and (row.memory_bytes < chosen.memory_bytes or (row.step_seconds or 0.0) < (chosen.step_seconds or 0.0))
         and row.rate is not None
         and row.rate >= (chosen.rate or 0.0)
     ]

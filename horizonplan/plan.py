@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,8 +188,3 @@ class Plan:
             return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def find_row(rows: Sequence[Row], horizon: int, stride: int, recompute: int = 0) -> Row:
-    """The row of one candidate."""
-    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, recompute))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import nn
 
 from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, signature, take
-from horizonplan.candidates import table, with_memory, with_rate
+from horizonplan.candidates import table, with_derived_rate, with_memory, with_rates
 from horizonplan.chain import Chain
+from horizonplan.chain.calls import training_mode
+from horizonplan.choice import choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
-from horizonplan.explain import name_of
-from horizonplan.objective import AccuracyConstraint, InfeasibleError, Objective, evaluate, select
+from horizonplan.objective import AccuracyConstraint, Objective, evaluate
 from horizonplan.plan import Plan
 from horizonplan.probes.memory import Stride, stride_of
 from horizonplan.probes.sample import Sample
@@ -28,7 +29,6 @@ from horizonplan.probes.steady import Optimize
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.rows import Row
-from horizonplan.units import format_bytes
 
 FEWEST_HORIZONS = 4
 
@@ -58,8 +58,8 @@ def plan_horizon(
     Algorithm 1 of "Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive
     Control": memory and cosine are measured at a few horizons and fitted, and brute force picks h.
     Beyond the paper, memory at the other horizons is predicted by folding the schedule over a profile,
-    and at the chosen h short real runs choose the stride. Model, optimiser, random state and mode are
-    left bit for bit as they were.
+    and at the chosen h short real runs choose the stride. Measurements are made in train mode; model,
+    optimiser, random state and mode are left bit for bit as they were.
 
     Args:
         model: any module whose blocks run one after another; see :meth:`horizonplan.Chain.from_model`.
@@ -87,14 +87,12 @@ def plan_horizon(
     """
     objective = AccuracyConstraint(epsilon=0.1) if objective is None else objective
     _check(candidates, strides, rollout_steps, batches, objective)
-    with _seeded(seed), _moved(model, device) as place:
-        loader = as_loader(data, seed=seed)
+    loader = as_loader(data, seed=seed)
+    report, started = reporter(progress, total=5), time.perf_counter()
+    with _seeded(seed, loader), _moved(model, device) as place, training_mode(model):
         sample = take(loader, batches, place)
         chain = Chain.from_model(model, sample[0], blocks, loss, compute_loss, projection)
         places = _horizons(horizons, chain.depth)
-        report = reporter(progress, total=5)
-        notes: list[str] = []
-        started = time.perf_counter()
 
         report(f"profile {chain.depth} blocks")
         largest = max(sample, key=nbytes)
@@ -102,32 +100,34 @@ def plan_horizon(
         report(f"memory at {len(places)} horizons")
         samples = probes.memory(chain, [largest], places, optimizer=optimizer)
         report(f"cosine at {len(places)} horizons, {len(sample)} batches")
-        samples += probes.cosine(chain, sample, places, strides=list(dict.fromkeys([1, *_legal(strides)])))
-        curves = _fit(samples, chain.depth, notes)
+        samples += probes.cosine(chain, sample, places, (1, "horizon") if "horizon" in strides else (1,))
+        curves, notes = _fit(samples, chain.depth)
+
         rows = table(profile, samples, curves, strides, exact_may_win=candidates == "all")
         price = as_cost(cost, _node_memory(rows, chain))
         rows = evaluate(rows, objective, price)
-        first = select([row for row in rows if row.stride == 1], objective, price)
+        chosen = choose_horizon(rows, objective, price)
 
-        report(f"roll out h={first.horizon}")
-        pairs = [
-            (first.horizon, s)
-            for s in dict.fromkeys(stride_of(s, first.horizon) for s in _legal(strides, first.horizon))
-        ]
-        if rollout_steps and first.horizon < chain.depth:
-            rolled = probes.rollout(chain, take(loader, rollout_steps, place), pairs, rollout_steps, optimizer, seed)
-            rows = evaluate(_with_rates(rows, rolled), objective, price)
-            chosen = _better(rows, pairs, objective, price, notes)
-        else:
-            rolled = []
-            chosen = first if first.horizon == chain.depth else _find(rows, *pairs[0])
-        report("measure the choice")
+        report(f"short runs at h={chosen.horizon}")
+        rolled: list[Sample] = []
+        if chosen.horizon < chain.depth:
+            pairs = pairs_at(chosen.horizon, strides)
+            if rollout_steps:
+                order = take(loader, rollout_steps, place)
+                rolled = probes.rollout(chain, order, pairs, rollout_steps, optimizer, seed)
+                rows = evaluate(with_rates(rows, rolled), objective, price)
+                chosen, more = choose_stride(rows, pairs, objective, price)
+                notes += more
+            else:
+                chosen = find(rows, *pairs[0])
+                derived = with_derived_rate(chosen, probes.cosine(chain, sample, *([n] for n in pairs[0])))
+                rows, chosen = swapped(rows, chosen, derived, objective, price)
+
+        report("memory of the choice")
         if chosen.memory_source != "measured":
-            measured = probes.memory(chain, [largest], [chosen.horizon], [chosen.stride], optimizer, chosen.recompute)[
-                0
-            ]
-            rows, chosen = _replace_row(rows, chosen, with_memory(chosen, measured), objective, price)
-        _note_shortfall(rows, chosen, objective, price, notes)
+            where = [chosen.horizon], [chosen.stride]
+            measured = probes.memory(chain, [largest], *where, optimizer=optimizer, recompute=chosen.recompute)[0]
+            rows, chosen = swapped(rows, chosen, with_memory(chosen, measured), objective, price)
         report(None)
         return Plan(
             row=chosen,
@@ -138,10 +138,12 @@ def plan_horizon(
             curves=curves,
             block_names=chain.names,
             blocks=blocks if blocks is None or isinstance(blocks, str) else tuple(blocks),
-            notes=tuple(notes),
-            provenance=_provenance(
-                model, chain, largest, optimizer, seed, samples, rolled, time.perf_counter() - started
-            ),
+            notes=(*notes, *shortfall_notes(rows, chosen, objective, price)),
+            provenance={
+                **_circumstances(chain, largest, optimizer, seed),
+                **_measurements(samples, rolled),
+                "probing_seconds": time.perf_counter() - started,
+            },
         )
 
 
@@ -159,14 +161,6 @@ def _check(candidates: str, strides: Sequence[Stride], rollout_steps: int, batch
             raise ValueError(f"{name}={value!r}: give a whole number >= {least}.")
 
 
-def _legal(strides: Sequence[Stride], horizon: int | None = None) -> list[Stride]:
-    """Strides that fit a horizon (the measuring of cosines takes those that fit any)."""
-    if horizon is None:
-        return [s for s in strides if s == "horizon"]
-    fitting = [s for s in strides if s == "horizon" or (isinstance(s, int) and s <= horizon)]
-    return fitting or [1]
-
-
 def _horizons(horizons: Sequence[int] | None, depth: int) -> list[int]:
     if horizons is None:
         count = min(depth, FEWEST_HORIZONS + 1)
@@ -179,14 +173,15 @@ def _horizons(horizons: Sequence[int] | None, depth: int) -> list[int]:
     return places
 
 
-def _fit(samples: Iterable[Sample], depth: int, notes: list[str]) -> dict[str, Curve]:
-    """The paper's polynomials (Eq. 15 and 16); a poor fit is warned of and noted."""
+def _fit(samples: Iterable[Sample], depth: int) -> tuple[dict[str, Curve], list[str]]:
+    """The paper's polynomials (Eq. 15 and 16); a poor cosine is warned of, and both are noted."""
     memory = [(s.horizon, s.value) for s in samples if s.quantity == "memory" and s.stride == 1]
     cosines = [
         (s.horizon, c) for s in samples if s.quantity == "cosine" and s.stride == 1 for c in s.detail["per_batch"]
     ]
     if len({h for h, _ in memory}) < 2:
-        return {}
+        return {}, []
+    notes = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PoorFitWarning)
         curves = {
@@ -199,83 +194,27 @@ def _fit(samples: Iterable[Sample], depth: int, notes: list[str]) -> dict[str, C
         else:
             notes.append(str(warning.message))
             warnings.warn(warning.message, PoorFitWarning, stacklevel=3)
-    return curves
+    return curves, notes
 
 
 def _node_memory(rows: Iterable[Row], chain: Chain) -> int:
     if chain.device.type == "cuda":
         return int(torch.cuda.get_device_properties(chain.device).total_memory)
-    return _find(rows, chain.depth, 1).memory_bytes
-
-
-def _find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
-    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, 0))
-
-
-def _with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
-    rates = {(s.horizon, s.stride): s for s in rolled}
-    return tuple(
-        with_rate(row, rates[row.horizon, row.stride])
-        if not row.recompute and (row.horizon, row.stride) in rates
-        else row
-        for row in rows
-    )
-
-
-def _better(
-    rows: Sequence[Row], pairs: Sequence[tuple[int, int]], objective: Objective, cost: Cost, notes: list[str]
-) -> Row:
-    """The better of the strides tried at the chosen horizon, by what was measured."""
-    tried = [replace(_find(rows, *pair), reference=False) for pair in pairs]
-    lost = [row for row in tried if row.rate is None]
-    if len(lost) == len(tried):
-        notes.append(
-            "The short runs found no rate (back-propagation did not lower the loss, or all diverged): "
-            "give more rollout_steps or another optimizer. The first of strides was taken."
-        )
-        return _find(rows, *pairs[0])
-    try:
-        chosen = select(tried, objective, cost)
-    except InfeasibleError:
-        chosen = max(tried, key=lambda row: -float("inf") if row.rate is None else row.rate)
-    return _find(rows, chosen.horizon, chosen.stride)
-
-
-def _note_shortfall(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, notes: list[str]) -> None:
-    """Say plainly when the measurements at the choice miss what was asked for, and what comes next."""
-    if chosen.feasible:
-        return
-    others = [row for row in rows if row.horizon > chosen.horizon and row.stride == 1 and not row.reference]
-    try:
-        following = select(others, objective, cost)
-        advice = f"The next best candidate is {name_of(following, rows_depth(rows))}."
-    except ValueError:
-        advice = "No other candidate meets it."
-    rate = "unknown" if chosen.rate is None else f"{chosen.rate:.3f}"
-    notes.append(
-        f"The choice misses the objective ({objective.describe()}): its rate is {rate} ({chosen.rate_source}) and it "
-        f"needs {format_bytes(chosen.memory_bytes)} ({chosen.memory_source}). {advice}"
-    )
-
-
-def rows_depth(rows: Iterable[Row]) -> int:
-    """Blocks of the model that a table is about."""
-    return max(row.horizon for row in rows)
-
-
-def _replace_row(
-    rows: Sequence[Row], old: Row, new: Row, objective: Objective, cost: Cost
-) -> tuple[tuple[Row, ...], Row]:
-    place = rows.index(old)
-    rows = evaluate([*rows[:place], new, *rows[place + 1 :]], objective, cost)
-    return rows, rows[place]
+    return find(rows, chain.depth, 1).memory_bytes
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, loader: Iterable[Any]) -> Iterator[None]:
+    """Torch's generator seeded, and it and the loader's own brought back."""
+    own = getattr(loader, "generator", None)
+    state = None if own is None else own.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            if own is not None:
+                own.set_state(state)
 
 
 @contextmanager
@@ -292,34 +231,30 @@ def _moved(model: nn.Module, device: str | torch.device | None) -> Iterator[torc
             model.to(here)
 
 
-def _provenance(
-    model: nn.Module,
-    chain: Chain,
-    batch: Any,
-    optimizer: Optimize | None,
-    seed: int,
-    samples: Sequence[Sample],
-    rolled: Sequence[Sample],
-    seconds: float,
-) -> dict[str, Any]:
-    name = (
-        "AdamW"
-        if optimizer is None
-        else type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.Optimizer)
-        else getattr(optimizer, "__name__", repr(optimizer))
-    )
+def _circumstances(chain: Chain, batch: Any, optimizer: Optimize | None, seed: int) -> dict[str, Any]:
+    made = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer or torch.optim.AdamW
     return {
-        "model": type(model).__name__,
+        "model": type(chain.model).__name__,
         "device": str(chain.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "batch": [[list(shape), str(dtype)] for shape, dtype in signature(batch)],
-        "optimizer": name,
+        "optimizer": getattr(made, "__name__", type(made).__name__),
         "seed": seed,
+    }
+
+
+def _measurements(samples: Sequence[Sample], rolled: Sequence[Sample]) -> dict[str, Any]:
+    cosines = [s for s in samples if s.quantity == "cosine"]
+    return {
         "measured_horizons": sorted({s.horizon for s in samples}),
         "memory": [[s.horizon, s.stride, s.value] for s in samples if s.quantity == "memory"],
-        "scale": [[s.horizon, s.stride, s.detail["scale"]] for s in samples if s.quantity == "cosine"],
-        "rollouts": [[s.horizon, s.stride, dict(s.detail)] for s in rolled],
-        "probing_seconds": seconds,
+        "scale": [[s.horizon, s.stride, s.detail["scale"]] for s in cosines],
+        "cosine_per_block": [[s.horizon, s.stride, list(s.detail["per_block"])] for s in cosines],
+        "rollouts": [[s.horizon, s.stride, {k: _finite(v) for k, v in s.detail.items()}] for s in rolled],
     }
+
+
+def _finite(value: Any) -> Any:
+    """A diverged run's loss is NaN, which JSON does not know."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

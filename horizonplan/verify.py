@@ -11,6 +11,7 @@ from torch import nn
 
 from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, take
+from horizonplan.chain.calls import training_mode
 from horizonplan.plan import Plan
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
@@ -78,7 +79,7 @@ def verify(
     loader = as_loader(data, seed=seed)
     sample = take(loader, batches, place)
     pair = (plan.horizon, plan.stride)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), training_mode(model):
         torch.manual_seed(seed)
         chain = plan.chain(model, sample[0], loss, compute_loss, projection)
         largest = [max(sample, key=nbytes)]

@@ -22,7 +22,7 @@ LINES = [
     "predict curves devices",
     "cost rows objective",
     "candidates frontier",
-    "explain plot plan planner verify",
+    "explain choice plot plan planner verify",
     "training tuner",
     "models datasets integrations",
     "api client reproduce cli",

@@ -146,6 +146,23 @@ class Ambient:
             yield
 
 
+@contextmanager
+def training_mode(model: nn.Module, training: bool = True) -> Iterator[None]:
+    """A model in train (or eval) mode, every module's own mode restored afterwards.
+
+    A model that is in train mode already stays as it is, so that parts kept in eval mode (frozen
+    BatchNorm) stay there.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        if model.training != training:
+            model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def quiet(model: nn.Module) -> ExitStack:
     """A context for trial forwards: random state, buffers and cache flags are as before when it ends.
 

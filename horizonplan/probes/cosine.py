@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from horizonplan.chain import Chain
 from horizonplan.gradient import horizon_backward
-from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.memory import Stride, pairs_of
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import restored
+from horizonplan.probes.steady import random_state, restored, set_random_state
 from horizonplan.schedule import Schedule
 
 
@@ -40,12 +40,12 @@ def cosine(
     Raises:
         ValueError: a loss is not finite, or a gradient vanishes or is not finite.
     """
-    pairs = [(h, s) for h in horizons for s in dict.fromkeys(stride_of(s, h) for s in strides)]
+    pairs = pairs_of(chain.depth, horizons, strides)
     groups = _groups(chain)
     found: dict[tuple[int, int], list[tuple[float, float, list[float | None]]]] = {pair: [] for pair in pairs}
     for number, batch in enumerate(batches):
         with restored(chain):
-            state = torch.get_rng_state()
+            state = random_state(chain)
             exact = _gradient(chain, batch, Schedule.exact(chain.depth), state, number)
             kept = {p: p.grad.clone() for group in groups for p in group if p.grad is not None}
             own = [_dot(group, kept, kept) for group in groups]
@@ -55,6 +55,8 @@ def cosine(
                     loss = _gradient(chain, batch, Schedule.horizon(chain.depth, *pair), state, number)
                 here = kept if pair[0] == chain.depth else {p: p.grad for p in kept if p.grad is not None}
                 found[pair].append(_angles(groups, here, kept, own, loss))
+    if not all(found.values()):
+        raise ValueError("batches is empty: give at least one batch.")
     return [_sample(pair, values) for pair, values in found.items()]
 
 
@@ -71,10 +73,10 @@ def _groups(chain: Chain) -> list[list[nn.Parameter]]:
     return groups
 
 
-def _gradient(chain: Chain, batch: Any, schedule: Schedule, rng: Tensor, number: int) -> Tensor:
+def _gradient(chain: Chain, batch: Any, schedule: Schedule, rng: list[Tensor], number: int) -> Tensor:
     for p in chain.parameters():
         p.grad = None
-    torch.set_rng_state(rng)
+    set_random_state(chain, rng)
     buffers = [(b, b.clone()) for b in chain.model.buffers()]
     loss = horizon_backward(chain, batch, schedule)
     with torch.no_grad():

@@ -33,7 +33,6 @@ def full_drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> 
     """Every block once, and every way to pull through it; the graph is rebuilt where a pull used it up."""
     ops: list[Op] = []
     for t in range(chain.depth):
-        ops += [Run(t, graph=True), Loss(t + 1, final=False)]
         pulls = [
             Pull(t, weights, wanted, keep)
             for keep in keeps
@@ -41,6 +40,7 @@ def full_drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> 
             if (chain.trainable[t] or not weights) and (t > 0 or chain.stem_trains or not wanted)
             for _ in (freshes if weights else [True])
         ]
+        ops += [Run(t, graph=bool(pulls)), Loss(t + 1, final=False)]  # a graph that nothing pulls would stay
         for i, pull in enumerate(pulls):
             if i and trains_before(chain, t):
                 ops.append(Loss(t + 1, final=False))

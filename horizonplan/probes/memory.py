@@ -33,6 +33,28 @@ def stride_of(stride: Stride, horizon: int) -> int:
     return stride
 
 
+def pairs_of(depth: int, horizons: Sequence[int], strides: Sequence[Stride]) -> list[tuple[int, int]]:
+    """Every (horizon, stride) asked for, each once.
+
+    Raises:
+        ValueError: a horizon or stride that a chain of this depth does not have.
+    """
+    for horizon in horizons:
+        Schedule.horizon(depth, horizon)
+    return list(dict.fromkeys((h, stride_of(s, h)) for h in horizons for s in strides))
+
+
+def largest(batches: Iterable[Any]) -> Any:
+    """The batch of most bytes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (found := list(batches)):
+        raise ValueError("batches is empty: give at least one batch.")
+    return max(found, key=nbytes)
+
+
 def memory(
     chain: Chain,
     batches: Iterable[Any],
@@ -50,15 +72,13 @@ def memory(
     Returns:
         One sample in bytes for each horizon and stride. The model is left bit for bit as it was.
     """
-    batch = max(batches, key=nbytes)
+    batch, pairs = largest(batches), pairs_of(chain.depth, horizons, strides)
     samples = []
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
-        for horizon in horizons:
-            for stride in dict.fromkeys(stride_of(s, horizon) for s in strides):
-                schedule = Schedule.horizon(chain.depth, horizon, stride, recompute)
-                value, detail = _peak(chain, batch, schedule, made)
-                samples.append(Sample("memory", "bytes", horizon, stride, value, detail=detail))
+        for pair in pairs:
+            value, detail = _peak(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made)
+            samples.append(Sample("memory", "bytes", *pair, value, detail=detail))
     return samples
 
 

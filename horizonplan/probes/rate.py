@@ -48,6 +48,9 @@ def rollout(
         One sample per pair. Its value is NaN where r is undefined: the run diverged, or
         back-propagation itself did not lower the loss; ``detail["why"]`` says which.
     """
+    for name, value in (("batches", len(batches)), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"rollout: {name} must hold or be at least 1, got {value}.")
     order = [batches[i % len(batches)] for i in range(steps)]
     tail = max(1, steps // TAIL)
     with restored(chain), torch.no_grad():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from horizonplan.chain import Chain
@@ -46,7 +46,7 @@ def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
     Gradients start as ``None``, and post-accumulate hooks of the user's (a fused optimiser step, say) rest.
     """
     model = chain.model
-    rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in rng_devices(model))]
+    rng = random_state(chain)
     buffers = [(m._buffers, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters]
@@ -68,9 +68,19 @@ def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
             p.grad = gradient
         for live, saved in hooks:
             live.update(saved)
-        torch.set_rng_state(rng[0])
-        for device, state in zip(rng_devices(model), rng[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_random_state(chain, rng)
+
+
+def random_state(chain: Chain) -> list[Tensor]:
+    """State of torch's generators: the CPU's, then those of the model's CUDA devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in rng_devices(chain.model))]
+
+
+def set_random_state(chain: Chain, states: list[Tensor]) -> None:
+    """Set what ``random_state`` returned."""
+    torch.set_rng_state(states[0])
+    for device, state in zip(rng_devices(chain.model), states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
 
 
 def trainable(chain: Chain) -> list[nn.Parameter]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from horizonplan.batch import nbytes
 from horizonplan.chain import Chain
-from horizonplan.probes.memory import Stride, step, stride_of
+from horizonplan.probes.memory import Stride, largest, pairs_of, step
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
 from horizonplan.schedule import Schedule
@@ -31,8 +30,7 @@ def time(
     One warm-up each, then ``repeats`` rounds over all of them, so that a slow moment of the machine
     strikes all alike; the median is the value, its standard error that of the rounds' mean.
     """
-    batch = max(batches, key=nbytes)
-    pairs = [(h, s) for h in horizons for s in dict.fromkeys(stride_of(s, h) for s in strides)]
+    batch, pairs = largest(batches), pairs_of(chain.depth, horizons, strides)
     rounds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from horizonplan.batch import ComputeLoss, call, model_inputs, move, output_tensor, target_of
+from horizonplan.chain.calls import training_mode
 
 
 @torch.no_grad()
@@ -21,9 +22,8 @@ def evaluate(
         ``loss``, the mean over batches weighted by their first dimension, and ``accuracy`` in [0, 1] where
         the targets are integers and the model returns scores with one class dimension more, last or second.
     """
-    training, losses, sizes, hits, counted = model.training, 0.0, 0, 0, 0
-    model.eval()
-    try:
+    losses, sizes, hits, counted = 0.0, 0, 0, 0
+    with training_mode(model, False):
         for batch in data:
             batch = move(batch, device)
             target = target_of(batch)
@@ -32,8 +32,6 @@ def evaluate(
             sizes += size
             right, total = _hits(model, batch, target)
             hits, counted = hits + right, counted + total
-    finally:
-        model.train(training)
     if sizes == 0:
         raise ValueError("val_data has no batches: give at least one, or val_data=None.")
     return {"loss": losses / sizes} | ({"accuracy": hits / counted} if counted else {})

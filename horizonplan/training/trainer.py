@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
 from horizonplan.batch import ComputeLoss, LossFunction, as_loader, move, resolve_loss, take, tensors
 from horizonplan.chain import Chain
+from horizonplan.chain.calls import training_mode
 from horizonplan.plan import Plan
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.progress import Progress, reporter
@@ -101,7 +102,8 @@ def train(
     loader = as_loader(data, shuffle=True, seed=seed)
     val_loader = None if val_data is None else as_loader(val_data, batch_size=256)
     first = take(loader, 1, place)[0]
-    with _training(model, seed):
+    with torch.random.fork_rng(), training_mode(model):
+        torch.manual_seed(seed)
         if plan is not None:
             chain = plan.chain(model, first, loss, compute_loss, projection)
             method: Algorithm = Fixed(plan.schedule)
@@ -218,19 +220,6 @@ def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, paramet
             "optimizer: it holds none of this model's trainable parameters; make it from model.parameters()."
         )
     return made
-
-
-@contextmanager
-def _training(model: nn.Module, seed: int) -> Iterator[None]:
-    """Train mode and a seeded generator; mode and generator come back."""
-    training = model.training
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.train()
-        try:
-            yield
-        finally:
-            model.train(training)
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""The choice from the table: h by the cosine (the paper's rule), then the stride by what short real runs measured.
+
+The cosine never chooses between strides: at equal memory, disjoint windows often train better than
+stride 1 though their cosines hardly differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from horizonplan.cost import Cost
+from horizonplan.explain import depth_of, name_of
+from horizonplan.objective import InfeasibleError, Objective, evaluate, select
+from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.rows import Row
+from horizonplan.units import format_bytes
+
+NO_RATE = (
+    "The short runs found no rate: back-propagation did not lower the loss in them, or all of them diverged. Give "
+    "more rollout_steps or another optimizer. The first of strides was taken."
+)
+
+
+def choose_horizon(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row:
+    """The best row at stride 1 by its derived rate (Algorithm 1, line 17), exact ones with recomputation included.
+
+    Raises:
+        InfeasibleError: there is none.
+    """
+    return select([row for row in rows if row.stride == 1], objective, cost)
+
+
+def pairs_at(horizon: int, strides: Sequence[Stride]) -> list[tuple[int, int]]:
+    """(horizon, stride) for the strides that fit a horizon; stride 1 where none does."""
+    fitting = [stride_of(s, horizon) for s in strides if s == "horizon" or (isinstance(s, int) and s <= horizon)]
+    return [(horizon, s) for s in dict.fromkeys(fitting or [1])]
+
+
+def choose_stride(
+    rows: Sequence[Row], pairs: Sequence[tuple[int, int]], objective: Objective, cost: Cost
+) -> tuple[Row, list[str]]:
+    """The better of the strides tried at one horizon by their measured rates, and what to note about it."""
+    tried = [find(rows, *pair) for pair in pairs]
+    if all(row.rate is None for row in tried):
+        return tried[0], [NO_RATE]
+    try:
+        chosen = select([replace(row, reference=False) for row in tried], objective, cost)
+    except InfeasibleError:
+        chosen = max(tried, key=lambda row: -math.inf if row.rate is None else row.rate)
+    return find(rows, chosen.horizon, chosen.stride), []
+
+
+def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> list[str]:
+    """Say plainly when what was measured at the choice misses the objective, and what comes next."""
+    if chosen.feasible:
+        return []
+    others = [row for row in rows if row.horizon != chosen.horizon and row.stride == 1]
+    try:
+        advice = f"The next best candidate is {name_of(select(others, objective, cost), depth_of(rows))}."
+    except ValueError:
+        advice = "No other candidate meets it."
+    rate = "unknown" if chosen.rate is None else f"{chosen.rate:.3f}"
+    return [
+        f"The choice misses the objective ({objective.describe()}): its rate is {rate} ({chosen.rate_source}) and it "
+        f"needs {format_bytes(chosen.memory_bytes)} ({chosen.memory_source}). {advice}"
+    ]
+
+
+def find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
+    """The row of a horizon and stride that recomputes nothing."""
+    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, 0))
+
+
+def swapped(rows: Sequence[Row], old: Row, new: Row, objective: Objective, cost: Cost) -> tuple[tuple[Row, ...], Row]:
+    """The table with one row replaced and judged anew, and that row."""
+    place = rows.index(old)
+    judged = evaluate([*rows[:place], new, *rows[place + 1 :]], objective, cost)
+    return judged, judged[place]

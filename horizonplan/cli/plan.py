@@ -1,0 +1,95 @@
+"""``horizonplan plan``: measure a model, show what each way of computing its gradient costs, choose one."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from horizonplan.cli import options as opt
+from horizonplan.cli.spec import load_data, load_model, load_optimizer
+from horizonplan.cost import LadderCost, LinearCost
+from horizonplan.curves import PoorFitWarning
+from horizonplan.objective import AccuracyConstraint, MemoryLimit, Objective, Weighted
+from horizonplan.planner import plan_horizon
+
+EPSILON = "Objective: the least cost at 1 - EPSILON of back-propagation's rate or more. Default: 0.1."
+NODE = "Memory of one node, such as 24GiB. Default: the card's; on a CPU, what back-propagation needs."
+
+
+def plan(
+    model: opt.Model,
+    data: opt.Data,
+    epsilon: Annotated[float | None, Option(help=EPSILON)] = None,
+    lam: Annotated[float | None, Option(help="Objective: the least LAM x cost - rate.")] = None,
+    memory_limit: Annotated[str | None, Option(help="Objective: the largest horizon within, say, 24GiB.")] = None,
+    unit_cost: Annotated[float, Option(help="Price of one node.")] = 1.0,
+    node_memory: Annotated[str | None, Option(help=NODE)] = None,
+    ladder: Annotated[bool, Option("--ladder", help="Pay for whole nodes, not in proportion.")] = False,
+    candidates: Annotated[str, Option(help="horizons, or all: checkpointing may be chosen too.")] = "horizons",
+    horizons: Annotated[str | None, Option(help="Where to measure: 1,3,6. Default: five, evenly spread.")] = None,
+    strides: Annotated[str, Option(help="Strides to weigh; horizon: disjoint windows.")] = "1,horizon",
+    rollout_steps: Annotated[int, Option(help="Steps of the short runs that compare strides; 0: none.")] = 50,
+    batches: Annotated[int, Option(help="Batches to measure cosines on.")] = 4,
+    batch_size: opt.BatchSize = None,
+    blocks: opt.Blocks = None,
+    optimizer: opt.OptimizerName = "adamw",
+    lr: opt.LearningRate = None,
+    device: opt.Device = None,
+    seed: opt.Seed = 0,
+    out: Annotated[Path | None, Option(help="Save the plan here, as JSON.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw it here: .png, .svg, .pdf.")] = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure MODEL, print what each horizon costs, and choose one. Nothing is trained.
+
+    Example: horizonplan plan transformer --data mnist5k --out plan.json --plot plan.png
+    """
+    opt.exclude(epsilon=epsilon, lam=lam, memory_limit=memory_limit)
+    places = None if horizons is None else [_number("--horizons", part) for part in horizons.split(",")]
+    steps = [part if part == "horizon" else _number("--strides", part) for part in strides.split(",")]
+    for path in (out, plot):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}; make it first")
+    loaded, _ = load_data(data, batch_size, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorFitWarning)  # the plan's notes say it too
+        made = plan_horizon(
+            load_model(model, loaded, device, seed),
+            loaded,
+            blocks=blocks,
+            objective=_objective(epsilon, lam, memory_limit),
+            cost=(LadderCost if ladder else LinearCost)(unit_cost, node_memory),
+            candidates=candidates,
+            strides=steps,
+            rollout_steps=rollout_steps,
+            horizons=places,
+            batches=batches,
+            optimizer=load_optimizer(optimizer, lr),
+            device=device,
+            seed=seed,
+        )
+    if out is not None:
+        made.save(out)
+    if plot is not None:
+        made.plot(plot)
+    if json:
+        opt.print_json(made.to_dict())
+        typer.echo("".join(f"note: {note}\n" for note in made.notes), err=True, nl=False)
+    else:
+        typer.echo(made.explain())
+
+
+def _objective(epsilon: float | None, lam: float | None, memory_limit: str | None) -> Objective:
+    if memory_limit is not None:
+        return MemoryLimit(memory_limit)
+    return Weighted(lam) if lam is not None else AccuracyConstraint(0.1 if epsilon is None else epsilon)
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no whole number", param_hint=option) from None

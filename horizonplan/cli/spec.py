@@ -1,0 +1,131 @@
+"""From words on the command line to objects: a name of ours, or ``module:function`` in the user's code.
+
+Modules are imported with the current directory importable; functions are called without arguments.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import Dataset
+
+from horizonplan.batch import as_loader, model_inputs, take
+from horizonplan.datasets import digits, mnist5k
+from horizonplan.models import Patches, ResidualCNN, ResidualMLP, SequenceClassifier
+
+
+def _transformer(images: Tensor) -> nn.Module:
+    patches = Patches(max(1, min(images.shape[2:]) // 4))
+    length, features = patches(images).shape[1:]
+    return nn.Sequential(patches, SequenceClassifier(features, length, classes=10, width=64, depth=8))
+
+
+MODELS: dict[str, Callable[[Tensor], nn.Module]] = {
+    "residual-mlp": lambda images: nn.Sequential(nn.Flatten(), ResidualMLP(images[0].numel(), 32, 10, depth=12)),
+    "residual-cnn": lambda images: ResidualCNN(images.shape[1], channels=(8, 16, 32), blocks_per_stage=3),
+    "transformer": _transformer,
+}
+DATA: dict[str, Callable[[], Any]] = {"digits": partial(digits, images=True), "mnist5k": mnist5k}
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
+    "adamw": (AdamW, 1e-3),
+    "adam": (Adam, 1e-3),
+    "sgd": (SGD, 1e-1),
+}
+
+
+def load_data(spec: str, batch_size: int | None, seed: int, shuffle: bool = False) -> tuple[Iterable[Any], Any]:
+    """Batches to train on, and validation data or None.
+
+    Raises:
+        ValueError: the specification leads to no data, or to batches although a batch size is given.
+    """
+    data = DATA[spec]() if spec in DATA else _made("data", spec, DATA)
+    training, validation = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    if batch_size is not None and not isinstance(training, Dataset):
+        raise ValueError(f"--batch-size {batch_size}: the data of {spec!r} are batches already; leave it out.")
+    try:
+        return as_loader(training, batch_size or 32, shuffle, seed), validation
+    except ValueError as error:
+        raise ValueError(f"data {spec!r}: {error} A pair of these is training and validation data.") from error
+
+
+def load_model(spec: str, batches: Iterable[Any], device: str | None, seed: int) -> nn.Module:
+    """The model, its weights from ``seed``; one of ours has the size that the first of the batches asks for.
+
+    Raises:
+        ValueError: the specification leads to no model, or there is no such device.
+    """
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device {device!r}: {reason}; `horizonplan doctor` lists what there is.") from error
+    torch.manual_seed(seed)
+    if spec not in MODELS:
+        model = _made("model", spec, MODELS)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model {spec!r}: it returned a {type(model).__name__}; let it return an nn.Module.")
+        return model
+    images = model_inputs(take(batches, 1)[0])
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise ValueError(f"model {spec!r}: it takes images (B, C, H, W); give such data or a model of your own.")
+    return MODELS[spec](images)
+
+
+def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
+    """The function from parameters to an optimiser.
+
+    Raises:
+        ValueError: the specification leads to none, or a learning rate is given beside a user's function.
+    """
+    if spec not in OPTIMIZERS:
+        if lr is not None:
+            raise ValueError(f"--lr {lr:g}: it is for {', '.join(OPTIMIZERS)}; {spec!r} sets its own, leave --lr out.")
+        return _function("optimizer", spec, OPTIMIZERS)
+    kind, usual = OPTIMIZERS[spec]
+    rate = usual if lr is None else lr
+
+    def make(parameters: Any) -> Optimizer:
+        return kind(parameters, lr=rate)
+
+    make.__name__ = f"{spec}(lr={rate:g})"  # what a plan's provenance shows
+    return make
+
+
+def _made(role: str, spec: str, names: Iterable[str]) -> Any:
+    function = _function(role, spec, names)
+    try:
+        return function()
+    except Exception as error:
+        raised = f"calling it without arguments raised {type(error).__name__}: {error}"
+        raise ValueError(f"{role} {spec!r}: {raised}; mend the function (--debug shows where).") from error
+
+
+def _function(role: str, spec: str, names: Iterable[str]) -> Callable[..., Any]:
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{role} {spec!r}: there is no such name; give {', '.join(names)}, or module:function.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        remedy = "install it, or run this in its folder" if missing else "mend the module (--debug shows where)"
+        raised = f"importing {module_name!r} raised {type(error).__name__}: {error}"
+        raise ValueError(f"{role} {spec!r}: {raised}; {remedy}.") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{role} {spec!r}: {module_name!r} ({module.__file__}) has no {name!r}; check the spelling.")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ValueError(
+            f"{role} {spec!r}: it is a {type(function).__name__}; give a function that returns the {role}."
+        )
+    return function  # type: ignore[no-any-return]
