@@ -149,6 +149,18 @@ def move(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def as_device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"device={str(device)!r}: no tensor can be made there ({error}); try 'cpu'.") from error
+
+
 def as_loader(data: Any, batch_size: int = 32, shuffle: bool = False, seed: int = 0) -> Iterable[Any]:
     """Batches of ``data`` that can be iterated again and again.
 

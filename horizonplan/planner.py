@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from horizonplan import probes
-from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, signature, take
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, signature, take
 from horizonplan.candidates import table, with_derived_rate, with_memory, with_rates
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import training_mode
+from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.choice import choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
 from horizonplan.objective import AccuracyConstraint, Objective, evaluate
 from horizonplan.plan import Plan
-from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 from horizonplan.progress import Progress, reporter
@@ -63,7 +63,7 @@ def plan_horizon(
 
     Args:
         model: any module whose blocks run one after another; see :meth:`horizonplan.Chain.from_model`.
-        data: a DataLoader, a list of batches, or a Dataset (32 samples a batch).
+        data: a DataLoader, a list of batches, or a Dataset (32 samples a batch, shuffled).
         loss: ``(output, target) -> scalar``; ``None``: the model's own ``.loss``, else by the target's type.
         compute_loss: ``(model, batch) -> scalar``, for anything else.
         blocks: ``None``: found; or a name pattern, a container's name, or a list of submodule names.
@@ -87,18 +87,18 @@ def plan_horizon(
     """
     objective = AccuracyConstraint(epsilon=0.1) if objective is None else objective
     _check(candidates, strides, rollout_steps, batches, objective)
-    loader = as_loader(data, seed=seed)
+    loader = as_loader(data, shuffle=True, seed=seed)
     report, started = reporter(progress, total=5), time.perf_counter()
-    with _seeded(seed, loader), _moved(model, device) as place, training_mode(model):
+    with _moved(model, device) as place, _seeded(seed, model, loader), training_mode(model):
         sample = take(loader, batches, place)
         chain = Chain.from_model(model, sample[0], blocks, loss, compute_loss, projection)
         places = _horizons(horizons, chain.depth)
 
         report(f"profile {chain.depth} blocks")
-        largest = max(sample, key=nbytes)
-        profile = probes.profile(chain, largest, optimizer)
+        biggest = largest(sample)
+        profile = probes.profile(chain, biggest, optimizer)
         report(f"memory at {len(places)} horizons")
-        samples = probes.memory(chain, [largest], places, optimizer=optimizer)
+        samples = probes.memory(chain, [biggest], places, optimizer=optimizer)
         report(f"cosine at {len(places)} horizons, {len(sample)} batches")
         samples += probes.cosine(chain, sample, places, (1, "horizon") if "horizon" in strides else (1,))
         curves, notes = _fit(samples, chain.depth)
@@ -108,7 +108,7 @@ def plan_horizon(
         rows = evaluate(rows, objective, price)
         chosen = choose_horizon(rows, objective, price)
 
-        report(f"short runs at h={chosen.horizon}")
+        report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
         rolled: list[Sample] = []
         if chosen.horizon < chain.depth:
             pairs = pairs_at(chosen.horizon, strides)
@@ -126,7 +126,7 @@ def plan_horizon(
         report("memory of the choice")
         if chosen.memory_source != "measured":
             where = [chosen.horizon], [chosen.stride]
-            measured = probes.memory(chain, [largest], *where, optimizer=optimizer, recompute=chosen.recompute)[0]
+            measured = probes.memory(chain, [biggest], *where, optimizer=optimizer, recompute=chosen.recompute)[0]
             rows, chosen = swapped(rows, chosen, with_memory(chosen, measured), objective, price)
         report(None)
         return Plan(
@@ -140,7 +140,7 @@ def plan_horizon(
             blocks=blocks if blocks is None or isinstance(blocks, str) else tuple(blocks),
             notes=(*notes, *shortfall_notes(rows, chosen, objective, price)),
             provenance={
-                **_circumstances(chain, largest, optimizer, seed),
+                **_circumstances(chain, biggest, optimizer, seed),
                 **_measurements(samples, rolled),
                 "probing_seconds": time.perf_counter() - started,
             },
@@ -152,7 +152,7 @@ def _check(candidates: str, strides: Sequence[Stride], rollout_steps: int, batch
         raise ValueError(f"candidates={candidates!r}: give 'horizons' or 'all'.")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective={objective!r}: give AccuracyConstraint, Weighted, MemoryLimit or an Objective.")
-    if isinstance(strides, str) or not strides:
+    if isinstance(strides, str) or not isinstance(strides, Sequence) or not strides:
         raise ValueError(f"strides={strides!r}: give a non-empty sequence such as (1, 'horizon').")
     for stride in strides:
         stride_of(stride, 1 if stride == "horizon" else max(1, stride) if isinstance(stride, int) else 1)
@@ -165,12 +165,10 @@ def _horizons(horizons: Sequence[int] | None, depth: int) -> list[int]:
     if horizons is None:
         count = min(depth, FEWEST_HORIZONS + 1)
         return sorted({round(1 + i * (depth - 1) / max(1, count - 1)) for i in range(count)})
-    places = sorted(set(horizons))
+    places = list(horizons) if isinstance(horizons, Sequence) else []
     if not places or any(isinstance(h, bool) or not isinstance(h, int) or not 1 <= h <= depth for h in places):
-        raise ValueError(
-            f"horizons={list(horizons)!r}: give whole numbers between 1 and {depth}, the number of blocks."
-        )
-    return places
+        raise ValueError(f"horizons={horizons!r}: give whole numbers between 1 and {depth}, the number of blocks.")
+    return sorted(set(places))
 
 
 def _fit(samples: Iterable[Sample], depth: int) -> tuple[dict[str, Curve], list[str]]:
@@ -204,11 +202,11 @@ def _node_memory(rows: Iterable[Row], chain: Chain) -> int:
 
 
 @contextmanager
-def _seeded(seed: int, loader: Iterable[Any]) -> Iterator[None]:
+def _seeded(seed: int, model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
     """Torch's generator seeded, and it and the loader's own brought back."""
     own = getattr(loader, "generator", None)
     state = None if own is None else own.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=rng_devices(model)):
         torch.manual_seed(seed)
         try:
             yield
@@ -221,7 +219,7 @@ def _seeded(seed: int, loader: Iterable[Any]) -> Iterator[None]:
 def _moved(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """The model on the device to measure on, and back afterwards."""
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
-    there = here if device is None else torch.device(device)
+    there = here if device is None else as_device(device)
     try:
         if there != here:
             model.to(there)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from horizonplan import probes
-from horizonplan.batch import ComputeLoss, LossFunction, as_loader, nbytes, take
-from horizonplan.chain.calls import training_mode
+from horizonplan.batch import ComputeLoss, LossFunction, as_loader, take
+from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.plan import Plan
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
@@ -76,15 +76,14 @@ def verify(
         seed: of everything random.
     """
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    loader = as_loader(data, seed=seed)
-    sample = take(loader, batches, place)
+    loader = as_loader(data, shuffle=True, seed=seed)
     pair = (plan.horizon, plan.stride)
-    with torch.random.fork_rng(), training_mode(model):
+    with torch.random.fork_rng(devices=rng_devices(model)), training_mode(model):
         torch.manual_seed(seed)
+        sample = take(loader, batches, place)
         chain = plan.chain(model, sample[0], loss, compute_loss, projection)
-        largest = [max(sample, key=nbytes)]
-        memory = probes.memory(chain, largest, [pair[0]], [pair[1]], optimizer, plan.recompute)[0]
-        seconds = probes.time(chain, largest, [pair[0]], [pair[1]], optimizer, recompute=plan.recompute)[0]
+        memory = probes.memory(chain, sample, [pair[0]], [pair[1]], optimizer, plan.recompute)[0]
+        seconds = probes.time(chain, sample, [pair[0]], [pair[1]], optimizer, recompute=plan.recompute)[0]
         rate = probes.rollout(chain, take(loader, steps, place), [pair], steps, optimizer, seed)[0]
     return Report(
         memory=_at_most(plan.row.memory_bytes, memory.value, MEMORY_TOLERANCE),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from horizonplan.batch import nbytes, tensors
+from horizonplan.batch import tensors
 from horizonplan.chain import Chain
 from horizonplan.gradient import horizon_backward
 from horizonplan.probes.cuda import nvml_bytes
@@ -45,14 +45,14 @@ def pairs_of(depth: int, horizons: Sequence[int], strides: Sequence[Stride]) -> 
 
 
 def largest(batches: Iterable[Any]) -> Any:
-    """The batch of most bytes.
+    """The batch of most bytes, storages that batches share not counted in full.
 
     Raises:
         ValueError: there is none.
     """
     if not (found := list(batches)):
         raise ValueError("batches is empty: give at least one batch.")
-    return max(found, key=nbytes)
+    return max(found, key=lambda batch: sum(t.nbytes for t in tensors(batch)))
 
 
 def memory(
@@ -74,6 +74,7 @@ def memory(
     """
     batch, pairs = largest(batches), pairs_of(chain.depth, horizons, strides)
     samples = []
+    gc.collect()
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
         for pair in pairs:
@@ -93,7 +94,6 @@ def step(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Op
 def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
     step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    gc.collect()
     if chain.device.type != "cuda":
         base = own_bytes(
             list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state), list(tensors(batch))

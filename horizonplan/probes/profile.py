@@ -85,6 +85,7 @@ def profile(chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats
             its step's temporaries count as part of a training step.
         repeats: timed drills, of which the medians are taken; 0 leaves the seconds empty.
     """
+    gc.collect()
     with restored(chain):
         execute(chain, batch, Schedule.horizon(chain.depth, 1).ops(chain.stem_trains, chain.trainable))
         result = _measure_bytes(chain, batch)
@@ -238,7 +239,6 @@ class _Bytes(Driller):
 
 
 def _observe(chain: Chain, batch: Any, ops: list[Op]) -> _Bytes:
-    gc.collect()
     with LiveBytes() as tracker, Flops() as counter:
         observed = _Bytes(chain, tracker, counter)
         execute(chain, batch, ops, observer=observed, gather=False)

@@ -48,9 +48,10 @@ def rollout(
         One sample per pair. Its value is NaN where r is undefined: the run diverged, or
         back-propagation itself did not lower the loss; ``detail["why"]`` says which.
     """
-    for name, value in (("batches", len(batches)), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"rollout: {name} must hold or be at least 1, got {value}.")
+    if not batches:
+        raise ValueError("batches is empty: give at least one batch.")
+    if steps < 1:
+        raise ValueError(f"steps={steps!r}: give a whole number >= 1.")
     order = [batches[i % len(batches)] for i in range(steps)]
     tail = max(1, steps // TAIL)
     with restored(chain), torch.no_grad():

@@ -100,7 +100,7 @@ class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        kind = getattr(func, "_overloadpacket", None)
+        kind: Any = getattr(func, "_overloadpacket", None)
         formula = flop_registry.get(_ATTENTION_ON_CPU.get(kind, kind))
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=out))

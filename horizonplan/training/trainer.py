@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
-from horizonplan.batch import ComputeLoss, LossFunction, as_loader, move, resolve_loss, take, tensors
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, resolve_loss, take, tensors
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import training_mode
+from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.plan import Plan
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.progress import Progress, reporter
@@ -95,15 +95,17 @@ def train(
     """
     if plan is not None and algorithm is not None:
         raise ValueError("plan and algorithm are both given: give one.")
+    if plan is not None and blocks is not None:
+        raise ValueError(f"blocks={blocks!r}: a plan brings its own blocks; leave it out.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}: give a whole number >= 1.")
     compute = resolve_loss(loss, compute_loss)
     place = _place(model, device)
     loader = as_loader(data, shuffle=True, seed=seed)
     val_loader = None if val_data is None else as_loader(val_data, batch_size=256)
-    first = take(loader, 1, place)[0]
-    with torch.random.fork_rng(), training_mode(model):
+    with torch.random.fork_rng(devices=rng_devices(model)), training_mode(model):
         torch.manual_seed(seed)
+        first = take(loader, 1, place)[0]
         if plan is not None:
             chain = plan.chain(model, first, loss, compute_loss, projection)
             method: Algorithm = Fixed(plan.schedule)
@@ -201,7 +203,7 @@ def _loop(
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is not None:
-        model.to(device)
+        model.to(as_device(device))
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
