@@ -69,7 +69,7 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
         f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.",
         f"Train with {name_of(chosen, depth)}:",
     ]
-    if chosen is exact or chosen == exact:
+    if chosen == exact:
         words.append(f"the whole network in one window, {format_bytes(chosen.memory_bytes)} a step.")
         return " ".join(words)
     words.append(
@@ -77,7 +77,9 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
         f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than back-propagation's "
         f"{format_bytes(exact.memory_bytes)}."
     )
-    if chosen.rate is not None:
+    if chosen.horizon == depth:
+        words.append("Its gradient is exact.")
+    elif chosen.rate is not None:
         words.append(
             f"Its loss falls at {chosen.rate:.2f} times back-propagation's rate ({MARKS_IN_WORDS[chosen.rate_source]})."
         )
