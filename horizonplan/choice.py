@@ -1,12 +1,11 @@
 """The choice from the table: h by the cosine (the paper's rule), then the stride by what short real runs measured.
 
-The cosine never chooses between strides: at equal memory, disjoint windows often train better than
-stride 1 though their cosines hardly differ.
+The cosine never chooses between strides: at equal memory, disjoint windows can train better than
+stride 1 although stride 1 has the larger cosine.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -43,12 +42,13 @@ def choose_stride(
 ) -> tuple[Row, list[str]]:
     """The better of the strides tried at one horizon by their measured rates, and what to note about it."""
     tried = [find(rows, *pair) for pair in pairs]
-    if all(row.rate is None for row in tried):
+    rates = {row: row.rate for row in tried if row.rate is not None}  # what diverged is out, whatever is asked for
+    if not rates:
         return tried[0], [NO_RATE]
     try:
-        chosen = select([replace(row, reference=False) for row in tried], objective, cost)
+        chosen = select([replace(row, reference=False) for row in rates], objective, cost)
     except InfeasibleError:
-        chosen = max(tried, key=lambda row: -math.inf if row.rate is None else row.rate)
+        chosen = max(rates, key=rates.__getitem__)
     return find(rows, chosen.horizon, chosen.stride), []
 
 

@@ -8,6 +8,7 @@ from horizonplan.rows import Row
 from horizonplan.units import format_bytes, format_count, format_seconds
 
 MARKS = {"measured": "m", "fitted": "f", "predicted": "p", "derived": "d", "unmeasured": "-"}
+NEARLY = 1.25
 HEADINGS = ("", "candidate", "memory", "cosine", "rate", "cost", "objective", "feasible", "time/step", "FLOPs")
 
 
@@ -98,25 +99,44 @@ MARKS_IN_WORDS = {
 
 
 def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
-    """References that need less memory, or the same in less time, and train no slower, said plainly."""
+    """References that are better than the choice, or exact and faster for little more memory, said plainly."""
     depth = depth_of(rows)
-    better = [
-        row
-        for row in rows
-        if row.reference
-        and row.memory_bytes <= chosen.memory_bytes
-        and (row.memory_bytes < chosen.memory_bytes or (row.step_seconds or 0.0) < (chosen.step_seconds or 0.0))
-        and row.rate is not None
-        and row.rate >= (chosen.rate or 0.0)
-    ]
-    if not better or chosen.rate is None:
-        return []
-    best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
-    time = ""
-    if best.step_seconds and chosen.step_seconds:
-        time = f", at {best.step_seconds / chosen.step_seconds:.2f} times the time per step"
-    exact = " with the exact gradient" if best.horizon == depth else ""
-    return [
-        f"A reference beats this choice: {name_of(best, depth)} needs {format_bytes(best.memory_bytes)}{exact}{time}. "
-        'Unless time per step decides, use it (candidates="all" lets it win).'
-    ]
+    references = [row for row in rows if row.reference and row.rate is not None]
+    if better := [row for row in references if _beats(row, chosen)]:
+        best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
+        return [
+            f"A reference beats this choice: {name_of(best, depth)} needs {_compared(best, chosen, depth)}. "
+            'Use it unless it is too slow for you (candidates="all" lets it win).'
+        ]
+    near = [row for row in references if row.horizon == depth and _faster(row, chosen) and _nearly(row, chosen)]
+    if near and chosen.horizon < depth:
+        best = min(near, key=lambda row: row.memory_bytes)
+        return [f"Nearly as small: {name_of(best, depth)} needs {_compared(best, chosen, depth)}."]
+    return []
+
+
+def _beats(row: Row, chosen: Row) -> bool:
+    """Whether a reference meets the objective better, or needs less and trains no slower a step."""
+    if row.feasible and row.objective is not None and chosen.objective is not None and row.objective < chosen.objective:
+        return True
+    smaller = row.memory_bytes < chosen.memory_bytes
+    no_larger = row.memory_bytes <= chosen.memory_bytes
+    no_worse = chosen.rate is not None and row.rate is not None and row.rate >= chosen.rate
+    return no_worse and (smaller or (no_larger and _faster(row, chosen)))
+
+
+def _faster(row: Row, chosen: Row) -> bool:
+    return row.step_seconds is not None and chosen.step_seconds is not None and row.step_seconds < chosen.step_seconds
+
+
+def _nearly(row: Row, chosen: Row) -> bool:
+    return row.memory_bytes <= NEARLY * chosen.memory_bytes
+
+
+def _compared(row: Row, chosen: Row, depth: int) -> str:
+    words = f"{format_bytes(row.memory_bytes)} instead of {format_bytes(chosen.memory_bytes)}"
+    if row.horizon == depth:
+        words += ", with the exact gradient"
+    if row.step_seconds and chosen.step_seconds:
+        words += f", at {row.step_seconds / chosen.step_seconds:.2f} times the time per step"
+    return words

@@ -93,6 +93,8 @@ def plan_horizon(
         sample = take(loader, batches, place)
         chain = Chain.from_model(model, sample[0], blocks, loss, compute_loss, projection)
         places = _horizons(horizons, chain.depth)
+        for stride in strides:
+            stride_of(stride, chain.depth)
 
         report(f"profile {chain.depth} blocks")
         biggest = largest(sample)
@@ -112,6 +114,8 @@ def plan_horizon(
         rolled: list[Sample] = []
         if chosen.horizon < chain.depth:
             pairs = pairs_at(chosen.horizon, strides)
+            if not any(stride == "horizon" or stride == s for stride in strides for _, s in pairs):
+                notes.append(f"None of strides={tuple(strides)} fits h={chosen.horizon}; stride 1 was taken.")
             if rollout_steps:
                 order = take(loader, rollout_steps, place)
                 rolled = probes.rollout(chain, order, pairs, rollout_steps, optimizer, seed)
@@ -154,8 +158,6 @@ def _check(candidates: str, strides: Sequence[Stride], rollout_steps: int, batch
         raise ValueError(f"objective={objective!r}: give AccuracyConstraint, Weighted, MemoryLimit or an Objective.")
     if isinstance(strides, str) or not isinstance(strides, Sequence) or not strides:
         raise ValueError(f"strides={strides!r}: give a non-empty sequence such as (1, 'horizon').")
-    for stride in strides:
-        stride_of(stride, 1 if stride == "horizon" else max(1, stride) if isinstance(stride, int) else 1)
     for name, value, least in (("rollout_steps", rollout_steps, 0), ("batches", batches, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: give a whole number >= {least}.")

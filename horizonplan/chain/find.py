@@ -43,32 +43,36 @@ def find_blocks(model: nn.Module, run: Callable[[], Tensor]) -> Found:
     """
     calls = _calls(model, run)
     names = {m: n for n, m in model.named_modules()}
-    reasons: list[str] = []
+    reasons: list[tuple[bool, str]] = []
     valid = [scored for f in _runs(model, calls, names) if (scored := _score(model, f, run, reasons))]
     if not valid:
         containers = (_groups(m, names, calls) for m in calls if isinstance(m, nn.Sequential))
         valid = [scored for f in containers if f and (scored := _score(model, f, run, reasons))]
     if not valid:
-        tried = " Tried: " + " | ".join(r.split(WAYS_OUT)[0].strip() for r in reasons[:4]) if reasons else ""
+        likely = [reason.split(WAYS_OUT)[0].strip() for _, reason in sorted(reasons, key=lambda r: r[0])]
+        tried = " Tried: " + " | ".join(likely[:4]) if likely else ""
         raise ChainError(f"blocks: no run of blocks found in {type(model).__name__}.{tried} {WAYS_OUT}")
     return max(valid, key=lambda scored: scored[0])[1]
 
 
-def _score(model: nn.Module, found: Found, run: Callable[[], Tensor], reasons: list[str]) -> tuple[float, Found] | None:
+def _score(
+    model: nn.Module, found: Found, run: Callable[[], Tensor], reasons: list[tuple[bool, str]]
+) -> tuple[float, Found] | None:
     """A candidate with its score, or ``None`` and why not."""
+    bare = all(map(_is_bare, found.blocks))
     label = f"{type(found.blocks[0]).__name__} x {len(found.blocks)}"
     try:
         with regrouped(found.container, found.groups):
             layout = trace(model, found.blocks, found.names, run)
     except ChainError as reason:
-        reasons.append(f"{label}: {reason}")
+        reasons.append((bare, f"{label}: {reason}"))
         return None
     within = _parameters(found.blocks)
     gaps = sum(p.numel() for p in {id(p): p for group in layout.before[1:] for p in group}.values())
     if gaps > within:
-        reasons.append(f"{label}: more lies between them than in them.")
+        reasons.append((bare, f"{label}: more lies between them than in them."))
         return None
-    weight = BARE_WEIGHT if all(map(_is_bare, found.blocks)) else 1.0
+    weight = BARE_WEIGHT if bare else 1.0
     return len(found.blocks) * weight * within / (within + gaps), found
 
 

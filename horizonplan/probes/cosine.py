@@ -26,7 +26,7 @@ def cosine(
 ) -> list[Sample]:
     """Measure cos(theta_h) between g_h and g_T over all trainable block parameters (not stem, not head).
 
-    cos(theta_h) = g_h . g_T / (|g_h| |g_T|), the mean over batches of the per-batch cosine (Unifying
+    ``cos(theta_h) = g_h . g_T / (|g_h| |g_T|)``, the mean over batches of the per-batch cosine (Unifying
     Back-Propagation and Forward-Forward Algorithms through Model Predictive Control, Eq. 13 and
     Algorithm 1, line 11). All horizons see the same dropout masks; buffers, gradients and random
     state are left as they were. Besides the model, one copy of the exact gradient is held.
