@@ -18,6 +18,7 @@ from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, s
 from horizonplan.candidates import table, with_derived_rate, with_memory, with_rates
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
+from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.choice import choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
@@ -87,6 +88,7 @@ def plan_horizon(
     """
     objective = AccuracyConstraint(epsilon=0.1) if objective is None else objective
     _check(candidates, strides, rollout_steps, batches, objective)
+    refuse_wrappers(model)
     loader = as_loader(data, shuffle=True, seed=seed)
     report, started = reporter(progress, total=5), time.perf_counter()
     with _moved(model, device) as place, _seeded(seed, model, loader), training_mode(model):

@@ -113,7 +113,8 @@ def _objective(axes: Any, plan: Drawable) -> None:
     if plan.row.objective is not None:
         axes.plot(plan.row.horizon, plan.row.objective, "o", mfc="none", mec="C3", ms=13, label="chosen")
     axes.set(title="objective (hollow: not feasible)")
-    axes.legend(fontsize=7, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def _line(

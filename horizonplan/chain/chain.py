@@ -121,7 +121,7 @@ class Chain:
             ChainError: the model is no chain; the message names the place and the ways out.
             ValueError: the model rejects the batch, the loss is no scalar, a name matches nothing.
         """
-        _refuse_wrappers(model)
+        refuse_wrappers(model)
         compute = resolve_loss(loss, compute_loss)
         run = _checked_run(model, batch, compute)
         found = find_blocks(model, run) if blocks is None else named_blocks(model, blocks)
@@ -314,7 +314,8 @@ def _composed_layout(model: _Composed) -> Layout:
     )
 
 
-def _refuse_wrappers(model: Any) -> None:
+def refuse_wrappers(model: Any) -> None:
+    """Raise ValueError for what is no module, ChainError for what hides its blocks."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give an nn.Module.")
     for module in model.modules():

@@ -19,6 +19,7 @@ from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
 from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, resolve_loss, take, tensors
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
+from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.plan import Plan
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.progress import Progress, reporter
@@ -99,6 +100,7 @@ def train(
         raise ValueError(f"blocks={blocks!r}: a plan brings its own blocks; leave it out.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}: give a whole number >= 1.")
+    refuse_wrappers(model)
     compute = resolve_loss(loss, compute_loss)
     place = _place(model, device)
     loader = as_loader(data, shuffle=True, seed=seed)
@@ -209,6 +211,8 @@ def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
 
 def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, parameters: list[nn.Parameter]) -> Optimizer:
     trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
     if optimizer is None:
         return torch.optim.AdamW(trainable, lr=1e-3)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable) if callable(optimizer) else None
