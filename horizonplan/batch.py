@@ -128,8 +128,11 @@ def signature(batch: Any) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
 
 
 def nbytes(batch: Any) -> int:
-    """Bytes of a batch's tensors (each storage once)."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(batch)}.values())
+    """Bytes of a batch's tensors: a slice counts for itself, not for the whole data set it was cut from."""
+    spans = {
+        (s._cdata, t.storage_offset()): min(t.nbytes, s.nbytes()) for t in tensors(batch) if (s := t.untyped_storage())
+    }
+    return sum(spans.values())
 
 
 def move(batch: Any, device: torch.device) -> Any:

@@ -6,6 +6,7 @@ stride 1 although stride 1 has the larger cosine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -40,16 +41,31 @@ def pairs_at(horizon: int, strides: Sequence[Stride]) -> list[tuple[int, int]]:
 def choose_stride(
     rows: Sequence[Row], pairs: Sequence[tuple[int, int]], objective: Objective, cost: Cost
 ) -> tuple[Row, list[str]]:
-    """The better of the strides tried at one horizon by their measured rates, and what to note about it."""
+    """The better of the strides tried at one horizon, and what to note about it.
+
+    The objective decides; where it does not, the measured rate does (rates within two standard errors
+    count as equal), then fewer FLOPs. If none meets the objective, the one with the largest rate is taken.
+    """
     tried = [find(rows, *pair) for pair in pairs]
     rates = {row: row.rate for row in tried if row.rate is not None}  # what diverged is out, whatever is asked for
     if not rates:
         return tried[0], [NO_RATE]
+    fastest = max(rates, key=rates.__getitem__)
     try:
-        chosen = select([replace(row, reference=False) for row in rates], objective, cost)
+        best = select([replace(row, reference=False) for row in rates], objective, cost).objective
     except InfeasibleError:
-        chosen = max(rates, key=rates.__getitem__)
-    return find(rows, chosen.horizon, chosen.stride), []
+        return fastest, []
+    equal = [row for row in rates if row.feasible and row.objective == best]
+    leader = max(equal, key=rates.__getitem__)
+    return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0), []
+
+
+def _as_fast(row: Row, leader: Row) -> bool:
+    """Whether two measured rates differ by less than two standard errors of their difference."""
+    if row.rate is None or leader.rate is None:
+        return False
+    spread = math.hypot(row.rate_stderr or 0.0, leader.rate_stderr or 0.0)
+    return leader.rate - row.rate <= 2 * spread
 
 
 def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> list[str]:

@@ -97,6 +97,8 @@ def plan_horizon(
         places = _horizons(horizons, chain.depth)
         for stride in strides:
             stride_of(stride, chain.depth)
+        for number, batch in enumerate(sample):
+            chain.check(batch, f"batch {number}")
 
         report(f"profile {chain.depth} blocks")
         biggest = largest(sample)

@@ -26,11 +26,11 @@ Pull(t=1, weights=True, input=False, keep=False)
 Drop(state=1)
 Run(t=3, graph=True)
 Loss(end=4, final=True)
+Drop(state=4)
 Pull(t=3, weights=True, input=True, keep=False)
+Drop(state=3)
 Pull(t=2, weights=True, input=False, keep=False)
 Drop(state=2)
-Drop(state=3)
-Drop(state=4)
 """
 
 from __future__ import annotations
@@ -185,11 +185,10 @@ class Schedule:
                 if low is None and not final:
                     continue
                 yield Loss(window.end, final)
+                if final:
+                    yield Drop(self.depth)
                 if low is not None:
                     yield from self._pulls(window, low, trains, stem_trains, pending)
-                    alive = range(low, window.end)
-                    yield from (Drop(u) for u in alive if self._held(u, low) and not self._needed(u, pending))
-        yield Drop(self.depth)
 
     def units(self, stem_trains: bool = False) -> int:
         """Cost in units of one linear layer's forward = input pull = weight pull; heads are not counted.
@@ -237,6 +236,8 @@ class Schedule:
             for t in reversed(range(bottom, top)):
                 keep = not self.recompute and any(_covers(w, other, t) for w, other in pending)
                 yield Pull(t, t < window.stop and trains[t], t > low or (t == 0 and stem_trains), keep)
+                if self._held(t, low) and not self._needed(t, pending):
+                    yield Drop(t)
             top = bottom
 
 

@@ -19,7 +19,8 @@ def simulate(schedule, stem_trains=False, trainable=None):
     states, graphs, cotangents = {0}, set(), {}
     taken, ran, most, order = Counter(), Counter(), 0, []
     ops = list(schedule.ops(stem_trains, trainable))
-    for op, following in zip(ops, [*ops[1:], None], strict=True):
+    for place, op in enumerate(ops):
+        following = next((later for later in ops[place + 1 :] if not isinstance(later, Drop)), None)
         if isinstance(op, Run):
             assert op.t in states
             assert not cotangents, "a cotangent outlives its window"

@@ -180,6 +180,17 @@ class Chain:
         """The model's loss on a batch, by its own forward: ``loss(batch).backward()`` is back-propagation."""
         return self._compute(self.model, batch)
 
+    def check(self, batch: Any, name: str = "this batch") -> None:
+        """Try the model's forward and loss on a batch, changing nothing.
+
+        Raises:
+            ValueError: the model rejects the batch, or the loss is no finite scalar.
+        """
+        with quiet(self.model), torch.no_grad():
+            loss = _checked_run(self.model, batch, self._compute)()
+        if not torch.isfinite(loss):
+            raise ValueError(f"loss is {loss.item()} on {name}: check the data and the model's weights.")
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """The model as the chain needs it in a forward: children grouped into blocks, no key/value cache."""

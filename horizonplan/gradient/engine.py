@@ -132,12 +132,12 @@ class Step:
         with chain.running(), self.sums:
             self._begin()
             with intercept(handlers), torch.enable_grad():
-                loss = chain.loss(self.batch)
+                self.loss = chain.loss(self.batch)
             if not isinstance(self._op, Loss):
                 raise ChainError(f"block {chain.names[getattr(self._op, 't', 0)]!r} was not called in this forward.")
             if self.observer is not None:
                 self.observer.arrive(self._op, self)
-            return self._finish(scalar(loss))
+            return self._finish()
 
     @property
     def _op(self) -> Op | None:
@@ -267,8 +267,10 @@ class Step:
         self._backward_loss(scalar(loss), [z])
         self._keep_cotangent(op.end, z)
 
-    def _finish(self, loss: Tensor) -> Tensor:
-        op = self._op
+    def _finish(self) -> Tensor:
+        """The final loss and what follows; nothing holds on to the loss's graph."""
+        op, loss = self._op, scalar(self.loss)
+        del self.loss
         assert isinstance(op, Loss)
         depth = self.chain.depth
         with Ambient.off():

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from horizonplan.batch import tensors
+from horizonplan.batch import nbytes
 from horizonplan.chain import Chain
 from horizonplan.gradient import horizon_backward
 from horizonplan.probes.cuda import nvml_bytes
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
-from horizonplan.probes.tracker import LiveBytes, own_bytes
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
+from horizonplan.probes.tracker import LiveBytes
 from horizonplan.schedule import Schedule
 
 Stride = int | str
@@ -52,7 +52,7 @@ def largest(batches: Iterable[Any]) -> Any:
     """
     if not (found := list(batches)):
         raise ValueError("batches is empty: give at least one batch.")
-    return max(found, key=lambda batch: sum(t.nbytes for t in tensors(batch)))
+    return max(found, key=nbytes)
 
 
 def memory(
@@ -95,9 +95,7 @@ def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.O
     step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     if chain.device.type != "cuda":
-        base = own_bytes(
-            list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state), list(tensors(batch))
-        )
+        base = standing_bytes(chain, optimizer, batch)
         with LiveBytes() as tracker:
             step(chain, batch, schedule, optimizer)
         optimizer.zero_grad(set_to_none=True)

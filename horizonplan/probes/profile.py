@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import tensors
 from horizonplan.chain import Chain
 from horizonplan.gradient import HEAD, STEM, Step, execute
 from horizonplan.probes.drill import Driller, Key, clear, full_drill, key_of, last_pulls, plain_drill
-from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
-from horizonplan.probes.tracker import Flops, LiveBytes, own_bytes
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
+from horizonplan.probes.tracker import Flops, LiveBytes
 from horizonplan.schedule import Drop, Loss, Op, Pull, Run, Schedule
 
 
@@ -297,7 +296,7 @@ def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) 
     made.step()
     with LiveBytes() as tracker:
         made.step()
-    base = own_bytes(list(chain.parameters()), list(chain.model.buffers()), made.state, list(tensors(batch)))
+    base = standing_bytes(chain, made, batch)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from horizonplan.batch import nbytes
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices
+from horizonplan.probes.tracker import own_bytes
 
 Optimize = Callable[[Any], Optimizer] | Optimizer
 
@@ -86,3 +88,8 @@ def set_random_state(chain: Chain, states: list[Tensor]) -> None:
 def trainable(chain: Chain) -> list[nn.Parameter]:
     """The parameters an optimiser gets."""
     return [p for p in chain.parameters() if p.requires_grad]
+
+
+def standing_bytes(chain: Chain, optimizer: Optimizer, batch: Any) -> int:
+    """Bytes alive when a step begins: parameters, buffers, optimiser state and the batch."""
+    return own_bytes(list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state)) + nbytes(batch)

@@ -16,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, resolve_loss, take, tensors
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, resolve_loss, take
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.plan import Plan
-from horizonplan.probes.tracker import LiveBytes, own_bytes
+from horizonplan.probes.steady import standing_bytes
+from horizonplan.probes.tracker import LiveBytes
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.training.evaluate import evaluate
@@ -150,10 +151,7 @@ class _Run:
 
     def _watched(self, batch: Any) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        model = self.chain.model
-        base = own_bytes(
-            list(model.parameters()), list(model.buffers()), dict(self.optimizer.state), list(tensors(batch))
-        )
+        base = standing_bytes(self.chain, self.optimizer, batch)
         with LiveBytes() as tracker:
             loss = self.method.step(self.chain, batch, self.optimizer).item()
         self.peak_bytes = base + tracker.peak
