@@ -17,9 +17,10 @@ from horizonplan.probes.memory import Stride, stride_of
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes
 
-NO_RATE = (
-    "The short runs found no rate: back-propagation did not lower the loss in them, or all of them diverged. Give "
-    "more rollout_steps or another optimizer. The first of strides was taken."
+NO_RATE = "The short runs found no rate: all of them diverged. Give another optimizer or a smaller learning rate."
+NO_FALL = (
+    "The short runs found no rate: back-propagation itself did not lower the loss in them. Give more rollout_steps or "
+    "another optimizer. The first of strides was taken, with cos^2 as its rate."
 )
 
 

@@ -9,6 +9,7 @@ from horizonplan.units import format_bytes, format_count, format_seconds
 
 MARKS = {"measured": "m", "fitted": "f", "predicted": "p", "derived": "d", "unmeasured": "-"}
 NEARLY = 1.25
+WORTHWHILE = 0.02
 HEADINGS = ("", "candidate", "memory", "cosine", "rate", "cost", "objective", "feasible", "time/step", "FLOPs")
 
 
@@ -70,6 +71,8 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
         f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.",
         f"Train with {name_of(chosen, depth)}:",
     ]
+    if not chosen.feasible:
+        words[1] = f"What was measured does not meet that; the best of what was tried is {name_of(chosen, depth)}:"
     if chosen == exact:
         words.append(f"the whole network in one window, {format_bytes(chosen.memory_bytes)} a step.")
         return " ".join(words)
@@ -78,6 +81,8 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
         f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than back-propagation's "
         f"{format_bytes(exact.memory_bytes)}."
     )
+    if chosen.horizon < depth and saved < WORTHWHILE:
+        words.append("Horizons save next to nothing here: weights, optimiser or head need the memory.")
     if chosen.horizon == depth:
         words.append("Its gradient is exact.")
     elif chosen.rate is not None:
@@ -101,12 +106,14 @@ MARKS_IN_WORDS = {
 def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
     """References that are better than the choice, or exact and faster for little more memory, said plainly."""
     depth = depth_of(rows)
+    exact = [row for row in rows if row.horizon == depth and row != chosen]
     references = [row for row in rows if row.reference and row.rate is not None]
+    references += [row for row in exact if not row.reference and _no_larger(row, chosen)]
     if better := [row for row in references if _beats(row, chosen)]:
         best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
         return [
             f"A reference beats this choice: {name_of(best, depth)} needs {_compared(best, chosen, depth)}. "
-            'Use it unless it is too slow for you (candidates="all" lets it win).'
+            + ('Use it unless it is too slow for you (candidates="all" lets it win).' if best.recompute else "Use it.")
         ]
     near = [row for row in references if row.horizon == depth and _faster(row, chosen) and _nearly(row, chosen)]
     if near and chosen.horizon < depth:
@@ -120,9 +127,12 @@ def _beats(row: Row, chosen: Row) -> bool:
     if row.feasible and row.objective is not None and chosen.objective is not None and row.objective < chosen.objective:
         return True
     smaller = row.memory_bytes < chosen.memory_bytes
-    no_larger = row.memory_bytes <= chosen.memory_bytes
     no_worse = chosen.rate is not None and row.rate is not None and row.rate >= chosen.rate
-    return no_worse and (smaller or (no_larger and _faster(row, chosen)))
+    return no_worse and (smaller or (_no_larger(row, chosen) and _faster(row, chosen)))
+
+
+def _no_larger(row: Row, chosen: Row) -> bool:
+    return row.memory_bytes <= chosen.memory_bytes
 
 
 def _faster(row: Row, chosen: Row) -> bool:

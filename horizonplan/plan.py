@@ -103,7 +103,10 @@ class Plan:
 
     def explain(self) -> str:
         """The table and the choice in plain words."""
-        return explain(self.rows, self.row, self.objective, self.cost, self.notes)
+        known = self.provenance
+        how = f"Measured with {known['optimizer']} on {known['device']}, tensors of a batch: " if known else ""
+        how += ", ".join(str(tuple(shape)) for shape, _ in known["batch"]) + "." if known else ""
+        return explain(self.rows, self.row, self.objective, self.cost, (*([how] if how else []), *self.notes))
 
     def table(self) -> str:
         """The table alone."""

@@ -19,7 +19,7 @@ from horizonplan.candidates import table, with_derived_rate, with_memory, with_r
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
-from horizonplan.choice import choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
+from horizonplan.choice import NO_FALL, choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
 from horizonplan.objective import AccuracyConstraint, Objective, evaluate
@@ -123,10 +123,12 @@ def plan_horizon(
             if rollout_steps:
                 order = take(loader, rollout_steps, place)
                 rolled = probes.rollout(chain, order, pairs, rollout_steps, optimizer, seed)
+            if any(s.detail["exact_fell"] for s in rolled):
                 rows = evaluate(with_rates(rows, rolled), objective, price)
                 chosen, more = choose_stride(rows, pairs, objective, price)
                 notes += more
             else:
+                notes += [NO_FALL] if rolled else []
                 chosen = find(rows, *pairs[0])
                 derived = with_derived_rate(chosen, probes.cosine(chain, sample, *([n] for n in pairs[0])))
                 rows, chosen = swapped(rows, chosen, derived, objective, price)

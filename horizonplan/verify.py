@@ -41,8 +41,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing that could be compared disagrees."""
-        return all(check.ok is not False for check in (self.memory, self.time, self.rate))
+        """Whether all three hold; what could not be compared does not."""
+        return all(check.ok is True for check in (self.memory, self.time, self.rate))
 
 
 def verify(

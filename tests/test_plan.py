@@ -83,7 +83,7 @@ def test_a_run_that_diverged_leaves_strict_json():
     roomy = plan(objective=hp.MemoryLimit("1GB"), rollout_steps=0)
     limit = next(r.memory_bytes for r in roomy.rows if r.horizon == 2)
     diverged = plan(objective=hp.MemoryLimit(limit), rollout_steps=8)
-    assert (diverged.horizon, diverged.row.rate) == (2, None)
+    assert (diverged.horizon, diverged.row.rate_source) == (2, "derived")
     assert any("The short runs found no rate" in note for note in diverged.notes)
     assert hp.Plan.from_dict(json.loads(json.dumps(diverged.to_dict(), allow_nan=False))) == diverged
 

@@ -175,7 +175,10 @@ def rollouts(rates):
     """Rollouts that find given rates at each stride."""
 
     def rollout(chain, batches, pairs, steps, optimizer, seed):
-        return [Sample("rate", "1", h, s, rates["horizon" if s == h else s], detail={"why": "told"}) for h, s in pairs]
+        return [
+            Sample("rate", "1", h, s, rates["horizon" if s == h else s], detail={"why": "told", "exact_fell": True})
+            for h, s in pairs
+        ]
 
     return rollout
 
@@ -215,7 +218,14 @@ def test_no_rate_at_all_is_noted_and_the_first_stride_taken(monkeypatch):
         plan = planned(objective=WEIGHTED, rollout_steps=5, strides=strides)
         assert plan.stride == (1 if strides[0] == 1 else plan.horizon)
         assert plan.row.rate is None
-        assert any("more rollout_steps or another optimizer" in note for note in plan.notes)
+        assert any("all of them diverged" in note for note in plan.notes)
+
+
+def test_runs_in_which_back_propagation_does_not_learn_say_nothing_about_strides():
+    plan = planned(objective=WEIGHTED, rollout_steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    assert (plan.stride, plan.row.rate_source, plan.row.rate) == (1, "derived", plan.row.cosine**2)
+    assert plan.row.feasible
+    assert any("more rollout_steps or another optimizer" in note for note in plan.notes)
 
 
 def test_a_measured_rate_below_what_was_asked_is_said_with_the_next_best(monkeypatch):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from horizonplan.chain.calls import handler, intercept, quiet, regrouped
 from horizonplan.chain.trace import WAYS_OUT, ChainError, trace
 
-BARE_WEIGHT = 0.5
+BARE_WEIGHT, BARE_GAPS = 0.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ def _score(
     gaps = sum(p.numel() for p in {id(p): p for group in layout.before[1:] for p in group}.values())
     if gaps > within:
         reasons.append((bare, f"{label}: more lies between them than in them."))
+        return None
+    if bare and (len(found.blocks) < 3 or gaps > within * BARE_GAPS):
+        reasons.append((bare, f"{label}: single layers with more than them in between."))
         return None
     weight = BARE_WEIGHT if bare else 1.0
     return len(found.blocks) * weight * within / (within + gaps), found

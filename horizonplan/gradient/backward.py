@@ -43,6 +43,8 @@ def horizon_backward(
     Raises:
         ValueError: unless ``1 <= stride <= horizon <= depth``; nothing is trainable; a loss is no scalar.
     """
+    if not isinstance(chain, Chain):
+        raise ValueError(f"chain is a {type(chain).__name__}: give a Chain, e.g. Chain.from_model(model, batch).")
     if isinstance(horizon, Schedule):
         schedule = horizon
         if schedule.depth != chain.depth:

@@ -95,6 +95,7 @@ def _sample(
         why = "the run diverged" if falls else f"back-propagation did not lower the loss in {steps} steps"
     detail = {
         "why": why,
+        "exact_fell": statistics.fmean(exact) < statistics.fmean(start),
         "steps": steps,
         "loss": statistics.fmean(losses),
         "loss_exact": statistics.fmean(exact),

@@ -27,18 +27,33 @@ def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) ->
             with its parameter groups' settings), or ``None`` for ``AdamW(lr=1e-3)``.
 
     Raises:
-        ValueError: it is neither, or the callable returns no Optimizer.
+        ValueError: it is neither, the callable returns no Optimizer, or the parameters are another model's.
     """
     if optimizer is None:
         return torch.optim.AdamW(parameters, lr=1e-3)
     if isinstance(optimizer, Optimizer):
-        return type(optimizer)([dict(group) for group in optimizer.param_groups])  # type: ignore[call-arg]
-    made = optimizer(parameters) if callable(optimizer) else None
-    if not isinstance(made, Optimizer):
+        made: Any = type(optimizer)([dict(group) for group in optimizer.param_groups])  # type: ignore[call-arg]
+    else:
+        made = optimizer(parameters) if callable(optimizer) else None
+    check_optimizer(made, parameters, optimizer)
+    return made  # type: ignore[no-any-return]
+
+
+def check_optimizer(optimizer: object, parameters: list[nn.Parameter], given: object) -> None:
+    """See that what was made of the argument ``given`` is an Optimizer over this model's parameters and no other's.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer={given!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None.")
+    known = {id(p) for p in parameters}
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not held or any(id(p) not in known for p in held):
         raise ValueError(
-            f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None."
+            f"optimizer: {type(optimizer).__name__} holds none of this model's trainable parameters, or another "
+            "model's; make it from model.parameters()."
         )
-    return made
 
 
 @contextmanager

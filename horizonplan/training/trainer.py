@@ -21,7 +21,7 @@ from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.plan import Plan
-from horizonplan.probes.steady import standing_bytes
+from horizonplan.probes.steady import check_optimizer, optimizer_for, standing_bytes
 from horizonplan.probes.tracker import LiveBytes
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
@@ -97,6 +97,10 @@ def train(
     """
     if plan is not None and algorithm is not None:
         raise ValueError("plan and algorithm are both given: give one.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan is a {type(plan).__name__}: give a Plan, e.g. Plan.load(path).")
+    if algorithm is not None and not isinstance(algorithm, Algorithm):
+        raise ValueError(f"algorithm={algorithm!r}: give an Algorithm such as horizonplan.algorithms.Horizon(3).")
     if plan is not None and blocks is not None:
         raise ValueError(f"blocks={blocks!r}: a plan brings its own blocks; leave it out.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
@@ -174,7 +178,10 @@ def _loop(
         losses = []
         started = time.perf_counter()
         for batch in loader:
-            losses.append(run.step(move(batch, run.place)))
+            try:
+                losses.append(run.step(move(batch, run.place)))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"epoch {epoch}, step {len(history)}: {error}") from error
             history.append({"epoch": epoch, "step": len(history), "loss": losses[-1]})
             run.log({"event": "step", **history[-1], "seconds": run.seconds[-1]})
         if not losses:
@@ -211,19 +218,10 @@ def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, paramet
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
-    if optimizer is None:
-        return torch.optim.AdamW(trainable, lr=1e-3)
-    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable) if callable(optimizer) else None
-    if not isinstance(made, Optimizer):
-        raise ValueError(
-            f"optimizer={optimizer!r}: give callable(params) -> torch.optim.Optimizer, an Optimizer, or None."
-        )
-    known = {id(p) for p in trainable}
-    if not any(id(p) in known for group in made.param_groups for p in group["params"]):
-        raise ValueError(
-            "optimizer: it holds none of this model's trainable parameters; make it from model.parameters()."
-        )
-    return made
+    if isinstance(optimizer, Optimizer):
+        check_optimizer(optimizer, trainable, optimizer)
+        return optimizer
+    return optimizer_for(trainable, optimizer)
 
 
 @contextmanager
@@ -235,7 +233,7 @@ def _log(run_dir: str | Path | None, plan: Plan | None) -> Iterator[Callable[[di
     folder.mkdir(parents=True, exist_ok=True)
     if plan is not None:
         plan.save(folder / "plan.json")
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / "log.jsonl").open("w", encoding="utf-8") as file:
 
         def write(event: dict[str, Any]) -> None:
             file.write(json.dumps({"time": time.time(), **event}) + "\n")
