@@ -537,3 +537,34 @@ def test_a_batch_that_the_model_rejects_in_a_step_leaves_no_gradient():
         horizon_backward(chain, case.batch, 2)
     assert all(p.grad is None for p in case.model.parameters())
     assert not any("_compiled_call_impl" in vars(m) for m in case.model.modules())
+
+
+class Dropping(nn.Module):
+    """Skips its third block at random in train mode."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5))
+
+    def forward(self, x):
+        for t, block in enumerate(self.blocks):
+            if not (self.training and t == 2 and torch.rand(()) >= self.keep):
+                x = block(x)
+        return x
+
+
+def test_a_block_that_train_mode_skips_is_refused_at_once():
+    model = Dropping(keep=0.0)
+    batch = torch.randn(3, 4), torch.randn(3, 4)
+    with pytest.raises(ChainError, match=r"\['blocks.2'\] run in eval mode but not in train mode"):
+        Chain.from_model(model, batch)
+    assert model.training
+    assert Chain.from_model(model.eval(), batch).depth == 5
+
+
+def test_layer_drop_in_a_config_is_refused_by_name():
+    model = Dropping(keep=1.0)
+    model.config = type("Config", (), {"layerdrop": 0.1})()
+    with pytest.raises(ChainError, match=r"config.layerdrop=0.1: .* set it to 0"):
+        Chain.from_model(model, (torch.randn(3, 4), torch.randn(3, 4)))

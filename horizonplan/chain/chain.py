@@ -21,7 +21,7 @@ from horizonplan.batch import (
     tensors,
 )
 from horizonplan.chain.calls import quiet, regrouped, without_cache
-from horizonplan.chain.find import Found, find_blocks, named_blocks
+from horizonplan.chain.find import Found, find_blocks, named_blocks, refuse_layer_drop
 from horizonplan.chain.head import HeadOnly
 from horizonplan.chain.slots import Output, Slot
 from horizonplan.chain.trace import WAYS_OUT, ChainError, Layout, Shapes, record_shapes, repeated, trace
@@ -125,6 +125,7 @@ class Chain:
         compute = resolve_loss(loss, compute_loss)
         run = _checked_run(model, batch, compute)
         found = find_blocks(model, run) if blocks is None else named_blocks(model, blocks)
+        refuse_layer_drop(model, found, run)
         with regrouped(found.container, found.groups):
             layout = trace(model, found.blocks, found.names, run)
             layout.shapes[signature(batch)] = record_shapes(model, found.blocks, found.names, run)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizonplan.chain.calls import handler, intercept, quiet, regrouped
+from horizonplan.chain.calls import handler, intercept, quiet, regrouped, training_mode
 from horizonplan.chain.trace import WAYS_OUT, ChainError, trace
 
 BARE_WEIGHT, BARE_GAPS = 0.5, 0.25
@@ -53,6 +53,33 @@ def find_blocks(model: nn.Module, run: Callable[[], Tensor]) -> Found:
         tried = " Tried: " + " | ".join(likely[:4]) if likely else ""
         raise ChainError(f"blocks: no run of blocks found in {type(model).__name__}.{tried} {WAYS_OUT}")
     return max(valid, key=lambda scored: scored[0])[1]
+
+
+def refuse_layer_drop(model: nn.Module, found: Found, run: Callable[[], Tensor]) -> None:
+    """Refuse models in train mode that skip blocks at random, as far as a trial can tell.
+
+    A rate in a Hugging Face config tells; so does a module of the blocks' kind that runs in eval mode
+    and not in train mode. A skip that no trial saw is refused in the step in which it happens.
+
+    Raises:
+        ChainError: blocks are skipped at random.
+    """
+    if not model.training:
+        return
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            if isinstance(rate := getattr(config, name, 0), float | int) and rate > 0:
+                raise ChainError(f"config.{name}={rate}: blocks are skipped at random (layer drop); set it to 0.")
+    kinds = {type(block) for block in found.blocks}
+    trained = set(_calls(model, run))
+    try:
+        with training_mode(model, False):
+            evaluated = set(_calls(model, run))
+    except Exception:  # a model may have no loss in eval mode; then this trial tells nothing
+        return
+    names = {m: n for n, m in model.named_modules()}
+    if skipped := [names[m] for m in names if type(m) in kinds and m in evaluated - trained]:
+        raise ChainError(f"blocks {skipped} run in eval mode but not in train mode (layer drop): switch that off.")
 
 
 def _score(
