@@ -32,16 +32,16 @@ from horizonplan.projection import Projection
 from horizonplan.rows import Row
 
 FEWEST_HORIZONS = 4
+DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
 
 
 def plan_horizon(
     model: nn.Module,
     data: Any,
-    *,
     loss: LossFunction | None = None,
     compute_loss: ComputeLoss | None = None,
     blocks: str | Sequence[str] | None = None,
-    objective: Objective | None = None,
+    objective: Objective = DEFAULT_OBJECTIVE,
     cost: Cost | None = None,
     candidates: str = "horizons",
     strides: Sequence[Stride] = (1, "horizon"),
@@ -51,8 +51,8 @@ def plan_horizon(
     optimizer: Optimize | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
-    projection: Projection | None = None,
     progress: Progress = None,
+    projection: Projection | None = None,
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
@@ -68,7 +68,7 @@ def plan_horizon(
         loss: ``(output, target) -> scalar``; ``None``: the model's own ``.loss``, else by the target's type.
         compute_loss: ``(model, batch) -> scalar``, for anything else.
         blocks: ``None``: found; or a name pattern, a container's name, or a list of submodule names.
-        objective: ``None``: ``AccuracyConstraint(epsilon=0.1)``.
+        objective: what to minimise, and subject to what.
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
         candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
         strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
@@ -78,15 +78,14 @@ def plan_horizon(
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
         device: where to measure; ``None``: where the model is.
         seed: of everything random; the same seed gives the same choice, bytes and cosines.
+        progress: ``None``: a line a stage on a terminal; ``True``/``False``; or ``callable(message, done, total)``.
         projection: ``(state, shape) -> tensor`` for states of other shapes than x(T).
-        progress: ``None``: a bar on a terminal; ``True``/``False``; or ``callable(message, done, total)``.
 
     Raises:
         InfeasibleError: no candidate meets the objective; ``.nearest`` is the row that misses it by least.
         ChainError: the model is no chain.
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
-    objective = AccuracyConstraint(epsilon=0.1) if objective is None else objective
     _check(candidates, strides, rollout_steps, batches, objective)
     refuse_wrappers(model)
     loader = as_loader(data, shuffle=True, seed=seed)
@@ -121,7 +120,7 @@ def plan_horizon(
             if not any(stride == "horizon" or stride == s for stride in strides for _, s in pairs):
                 notes.append(f"None of strides={tuple(strides)} fits h={chosen.horizon}; stride 1 was taken.")
             if rollout_steps:
-                order = take(loader, rollout_steps, place)
+                order = take(loader, rollout_steps)
                 rolled = probes.rollout(chain, order, pairs, rollout_steps, optimizer, seed)
             if any(s.detail["exact_fell"] for s in rolled):
                 rows = evaluate(with_rates(rows, rolled), objective, price)
@@ -185,8 +184,10 @@ def _fit(samples: Iterable[Sample], depth: int) -> tuple[dict[str, Curve], list[
     cosines = [
         (s.horizon, c) for s in samples if s.quantity == "cosine" and s.stride == 1 for c in s.detail["per_batch"]
     ]
-    if len({h for h, _ in memory}) < 2:
+    if depth == 1:
         return {}, []
+    if len({h for h, _ in memory}) < 2:
+        return {}, ["Only one horizon was measured: nothing is fitted, and rates at other horizons are unknown."]
     notes = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PoorFitWarning)

@@ -84,7 +84,7 @@ def verify(
         chain = plan.chain(model, sample[0], loss, compute_loss, projection)
         memory = probes.memory(chain, sample, [pair[0]], [pair[1]], optimizer, plan.recompute)[0]
         seconds = probes.time(chain, sample, [pair[0]], [pair[1]], optimizer, recompute=plan.recompute)[0]
-        rate = probes.rollout(chain, take(loader, steps, place), [pair], steps, optimizer, seed)[0]
+        rate = probes.rollout(chain, take(loader, steps), [pair], steps, optimizer, seed)[0]
     return Report(
         memory=_at_most(plan.row.memory_bytes, memory.value, MEMORY_TOLERANCE),
         time=_at_most(plan.row.step_seconds, seconds.value, TIME_TOLERANCE),

@@ -568,3 +568,42 @@ def test_layer_drop_in_a_config_is_refused_by_name():
     model.config = type("Config", (), {"layerdrop": 0.1})()
     with pytest.raises(ChainError, match=r"config.layerdrop=0.1: .* set it to 0"):
         Chain.from_model(model, (torch.randn(3, 4), torch.randn(3, 4)))
+
+
+class Positive(nn.Module):
+    """A head that is only defined for positive states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Softplus()) for _ in range(4))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(x.log())
+
+
+def test_a_head_that_needs_what_real_states_have_is_accepted():
+    batch = torch.rand(6, 4), torch.randint(0, 3, (6,))
+    assert Chain.from_model(Positive(), batch).depth == 4
+
+
+def test_a_model_is_traced_inside_autocast():
+    batch = torch.rand(6, 4), torch.randint(0, 3, (6,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Chain.from_model(Positive(), batch).depth == 4
+
+
+def test_finding_blocks_does_not_hold_the_whole_graph():
+    from horizonplan.models import SequenceClassifier
+    from horizonplan.probes import LiveBytes
+
+    model = SequenceClassifier(8, 16, 4, width=32, depth=12, heads=4)
+    batch = torch.randn(16, 16, 8), torch.randint(0, 4, (16,))
+    with LiveBytes() as plain:
+        model(batch[0]).sum().backward()
+    with LiveBytes() as finding:
+        chain = Chain.from_model(model, batch)
+    assert chain.depth == 12
+    assert finding.peak < 0.5 * plain.peak

@@ -617,3 +617,24 @@ def test_no_graph_survives_a_step(case):
         gc.enable()
         for handle in handles:
             handle.remove()
+
+
+def test_a_callable_head_trains_the_parameters_that_it_reads():
+    torch.manual_seed(0)
+    table = nn.Embedding(7, 4)
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    batch = torch.randint(0, 7, (5, 2)), torch.randint(0, 7, (5, 2))
+    chain = Chain(table, blocks, lambda z: z @ table.weight.T)
+    for _ in range(2):  # the first step finds out, the second one knows
+        horizon_backward(chain, batch, 3)
+        got, table.weight.grad = table.weight.grad, None
+        chain.loss(batch).backward()
+        wanted, table.weight.grad = table.weight.grad, None
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_callable_stem_with_parameters_is_refused():
+    table = nn.Embedding(7, 4)
+    chain = Chain(lambda i: table(i), [nn.Linear(4, 4), nn.Linear(4, 4)], None)
+    with pytest.raises(ValueError, match=r"stem: .* give it as an nn.Module"):
+        horizon_backward(chain, (torch.randint(0, 7, (5,)), torch.randint(0, 4, (5,))), 2)

@@ -355,7 +355,7 @@ def test_a_user_s_optimiser_lends_its_settings_and_keeps_its_state():
     stem, blocks = list(chain.model.stem.parameters()), list(chain.model.blocks.parameters())
     groups = [{"params": stem, "lr": 0.0}, {"params": blocks, "lr": 0.05}]
     mine = torch.optim.SGD(groups, momentum=0.9)
-    made = probes.steady.optimizer_for([], mine)
+    made = probes.steady.optimizer_for([*stem, *blocks], mine)
     assert made is not mine
     assert [g["lr"] for g in made.param_groups] == [0.0, 0.05]
     assert all(g["momentum"] == 0.9 for g in made.param_groups)

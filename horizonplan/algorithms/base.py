@@ -45,14 +45,23 @@ class GradientMethod(Algorithm):
         """Clear the gradients, accumulate this method's, update.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are those before the step.
+            FloatingPointError: the loss or a gradient (an intermediate loss, then) is not finite; the weights
+                are those before the step. Running statistics have seen the batch.
         """
+        chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
         loss = self.backward(chain, batch)
-        if not torch.isfinite(loss):
-            optimizer.zero_grad(set_to_none=True)
+        if not torch.isfinite(loss + 0 * _norm(optimizer)):
+            chain.model.zero_grad(set_to_none=True)
+            what = "a gradient is not finite" if torch.isfinite(loss) else f"loss is {loss.item()}"
             raise FloatingPointError(
-                f"loss is {loss.item()}: check the data, lower the learning rate or clip; the weights were not updated."
+                f"{what}: check the data, lower the learning rate or clip; the weights were not updated."
             )
         optimizer.step()
         return loss
+
+
+def _norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of all gradients, which shows any that is not finite; 0 where there are none."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())

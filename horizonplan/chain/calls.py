@@ -61,14 +61,16 @@ def buffers_of(modules: Iterable[nn.Module]) -> Buffers:
 @contextmanager
 def scratch_buffers(modules: Iterable[nn.Module], earlier: Buffers | None = None) -> Iterator[None]:
     """Let the modules work on copies of their own buffers, or of ``earlier`` values; the real ones come back."""
-    saved = buffers_of(modules)
+    modules = list(modules)
+    saved = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
     try:
-        for owner, name, buffer in (*saved, *(earlier or [])):
+        for owner, name, buffer in (*buffers_of(modules), *(earlier or [])):
             owner[name] = buffer.clone()
         yield
     finally:
-        for owner, name, buffer in saved:
-            owner[name] = buffer
+        for owner, buffers in saved:
+            owner.clear()
+            owner.update(buffers)
 
 
 class BufferLog:
@@ -174,6 +176,7 @@ def quiet(model: nn.Module) -> ExitStack:
     stack.enter_context(torch.random.fork_rng(devices=rng_devices(model)))
     stack.enter_context(scratch_buffers(model.modules()))
     stack.enter_context(without_cache(model))
+    stack.enter_context(Ambient().restored(cache=False))  # a cached cast of a weight would link one block to another
     return stack
 
 

@@ -44,15 +44,34 @@ def find_blocks(model: nn.Module, run: Callable[[], Tensor]) -> Found:
     calls = _calls(model, run)
     names = {m: n for n, m in model.named_modules()}
     reasons: list[tuple[bool, str]] = []
-    valid = [scored for f in _runs(model, calls, names) if (scored := _score(model, f, run, reasons))]
-    if not valid:
-        containers = (_groups(m, names, calls) for m in calls if isinstance(m, nn.Sequential))
-        valid = [scored for f in containers if f and (scored := _score(model, f, run, reasons))]
-    if not valid:
+    best = _best(model, _runs(model, calls, names), run, reasons)
+    if best is None:
+        containers = [f for m in calls if isinstance(m, nn.Sequential) and (f := _groups(m, names, calls))]
+        best = _best(model, containers, run, reasons)
+    if best is None:
         likely = [reason.split(WAYS_OUT)[0].strip() for _, reason in sorted(reasons, key=lambda r: r[0])]
         tried = " Tried: " + " | ".join(likely[:4]) if likely else ""
         raise ChainError(f"blocks: no run of blocks found in {type(model).__name__}.{tried} {WAYS_OUT}")
-    return max(valid, key=lambda scored: scored[0])[1]
+    return best
+
+
+def _best(
+    model: nn.Module, runs: Sequence[Found], run: Callable[[], Tensor], reasons: list[tuple[bool, str]]
+) -> Found | None:
+    """The candidate of the largest score; what cannot beat the best so far is not tried."""
+    best, score = None, 0.0
+    for found in sorted(runs, key=_bound, reverse=True):
+        if _bound(found) <= score:
+            break
+        scored = _score(model, found, run, reasons)
+        if scored > score:
+            best, score = found, scored
+    return best
+
+
+def _bound(found: Found) -> float:
+    """What a candidate's score can be at most."""
+    return len(found.blocks) * (BARE_WEIGHT if all(map(_is_bare, found.blocks)) else 1.0)
 
 
 def refuse_layer_drop(model: nn.Module, found: Found, run: Callable[[], Tensor]) -> None:
@@ -82,10 +101,8 @@ def refuse_layer_drop(model: nn.Module, found: Found, run: Callable[[], Tensor])
         raise ChainError(f"blocks {skipped} run in eval mode but not in train mode (layer drop): switch that off.")
 
 
-def _score(
-    model: nn.Module, found: Found, run: Callable[[], Tensor], reasons: list[tuple[bool, str]]
-) -> tuple[float, Found] | None:
-    """A candidate with its score, or ``None`` and why not."""
+def _score(model: nn.Module, found: Found, run: Callable[[], Tensor], reasons: list[tuple[bool, str]]) -> float:
+    """A candidate's score; 0 if it is no chain of blocks, and why not."""
     bare = all(map(_is_bare, found.blocks))
     label = f"{type(found.blocks[0]).__name__} x {len(found.blocks)}"
     try:
@@ -93,17 +110,13 @@ def _score(
             layout = trace(model, found.blocks, found.names, run)
     except ChainError as reason:
         reasons.append((bare, f"{label}: {reason}"))
-        return None
+        return 0.0
     within = _parameters(found.blocks)
     gaps = sum(p.numel() for p in {id(p): p for group in layout.before[1:] for p in group}.values())
-    if gaps > within:
-        reasons.append((bare, f"{label}: more lies between them than in them."))
-        return None
-    if bare and (len(found.blocks) < 3 or gaps > within * BARE_GAPS):
-        reasons.append((bare, f"{label}: single layers with more than them in between."))
-        return None
-    weight = BARE_WEIGHT if bare else 1.0
-    return len(found.blocks) * weight * within / (within + gaps), found
+    if gaps > within or (bare and (len(found.blocks) < 3 or gaps > within * BARE_GAPS)):
+        reasons.append((bare, f"{label}: too much lies between them."))
+        return 0.0
+    return _bound(found) * within / (within + gaps)
 
 
 def named_blocks(model: nn.Module, blocks: str | Sequence[str]) -> Found:

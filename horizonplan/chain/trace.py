@@ -46,7 +46,9 @@ class Layout:
     between); an intermediate head does not run them. ``copy_input[t]``: block ``t`` overwrites its
     input (``None``: not known yet); ``copy_state[t]``: the model overwrites ``x(t)`` before block ``t``.
     ``dtype`` is the states', ``finite`` tells whether the loss was;
-    ``dense``: place-holders must be writable, because the model overwrites them.
+    ``dense``: place-holders must be writable, because the model overwrites them. ``first`` is a real x(1)
+    for the first trial. ``unplaced``: ids of frozen parameters that the trace could not place. ``traced``:
+    a chain built by hand is not, until its first step has seen what its head and loss read.
     """
 
     slots: list[Slot]
@@ -63,6 +65,9 @@ class Layout:
     dtype: torch.dtype | None = None
     finite: bool = True
     dense: bool = False
+    first: Tensor | None = None
+    unplaced: frozenset[int] = frozenset()
+    traced: bool = True
 
     @property
     def uniform(self) -> bool:
@@ -201,6 +206,7 @@ class _GraphWalk:
         self.head: list[nn.Parameter] = []
         self.places: dict[int, tuple[Tensor, str]] = {}
         self.leaf: Tensor | None = None
+        self.first: Tensor | None = None
         self.mark = 0
         self.glue = False
 
@@ -228,6 +234,8 @@ class _GraphWalk:
         known = {id(p) for group in (*owned, *before) for p in group}
         head = _union(self.head, [p for p in self.model.parameters() if id(p) not in known])
         used = [*self.uses, *self.before, self.head]
+        reached = {id(p) for p in self.head}
+        unplaced = {id(p) for p in head if id(p) not in reached and not p.requires_grad}
         return Layout(
             slots=self.slots,
             block=owned,
@@ -241,6 +249,8 @@ class _GraphWalk:
             glue=self.glue,
             dtype=self.dtype,
             finite=self.finite,
+            first=self.first,
+            unplaced=frozenset(unplaced),
         )
 
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
@@ -288,6 +298,7 @@ class _GraphWalk:
         leaf = output.state.detach().requires_grad_()
         self.places[id(leaf)] = (leaf, f"the output of block {self.names[t]!r}")
         self.leaf = leaf
+        self.first = leaf.detach().clone() if t == 0 else self.first
         self.mark = _mark()
         given = leaf.clone() if self.survey.copy_state[t + 1] else leaf
         return output.rebuild(given, lambda other: self._extra(t, other))
@@ -308,7 +319,7 @@ class _GraphWalk:
     def _reach(self, tensor: Tensor, since: int, who: str, allowed: Tensor | None) -> tuple[bool, list[nn.Parameter]]:
         """Whether ``allowed`` is reached from ``tensor``, and the parameters that are; refuses anything else."""
         reached, parameters = tensor is allowed, []
-        for leaf, node in _walk(tensor, since):
+        for leaf, node in walk(tensor, since):
             if leaf is None:
                 raise ChainError(
                     f"{who} reads a tensor that was computed before it ({node}) and is not the state handed on: "
@@ -353,7 +364,7 @@ def _mark() -> int:
     return node._sequence_nr()
 
 
-def _walk(tensor: Tensor, since: int) -> list[tuple[Tensor | None, str]]:
+def walk(tensor: Tensor, since: int) -> list[tuple[Tensor | None, str]]:
     """Leaves that a tensor's graph reaches, and (as ``None``) nodes older than ``since``."""
     if tensor.grad_fn is None:
         return [(tensor, "")] if tensor.requires_grad else []

@@ -20,7 +20,7 @@ from horizonplan.batch import scalar
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import Ambient, BufferLog, Buffers, handler, intercept, rng_devices, scratch_buffers
 from horizonplan.chain.slots import Output
-from horizonplan.chain.trace import ChainError, Shapes, standin
+from horizonplan.chain.trace import ChainError, Shapes, repeated, standin, walk
 from horizonplan.gradient.sums import Sums
 from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run
 
@@ -54,6 +54,9 @@ def execute(
     """
     if not any(p.requires_grad for p in chain.parameters()):
         raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
+    if any(p.requires_grad and id(p) in chain.layout.unplaced for p in chain.parameters()):
+        raise ChainError("a parameter was frozen when the chain was built and is not any more: build the chain again.")
+    torch.clear_autocast_cache()  # an optimiser may have changed the weights behind it
     step = Step(chain, batch, list(ops), scale, observer, gather)
     fresh = [p for p in chain.parameters() if p.grad is None]
     try:
@@ -188,6 +191,8 @@ class Step:
         arrived = slot.get(args, kwargs)
         if t == 0:
             self.states[0] = arrived.detach()
+            if not self.layout.traced and arrived.requires_grad and not self.chain.stem_trains:
+                raise ChainError("stem: it trains parameters that the chain cannot see; give it as an nn.Module.")
         if t in self.pulled and (t == 0 or arrived is not self.states[t]):
             self.arrivals[t] = Arrival(self.states[t] if t > 0 else None, arrived)
         self.original[t] = original
@@ -275,6 +280,8 @@ class Step:
         depth = self.chain.depth
         with Ambient.off():
             state = self.states[depth]
+            if not self.layout.traced:
+                self._trace_head(loss, state)
             pulls = depth - 1 in self.pulled
             wanted = [*self.sums.inputs(self.layout.head), *([state] if pulls else [])]
             if wanted and loss.requires_grad:
@@ -289,6 +296,15 @@ class Step:
                 self._do(rest)
                 self._done()
         return result
+
+    def _trace_head(self, loss: Tensor, state: Tensor) -> None:
+        """The first step of a chain built by hand: a callable head or loss may read parameters of its own."""
+        layout = self.layout
+        known = {id(p) for p in (*layout.head, *self.sums.alias.values(), state)}
+        found = [leaf for leaf, _ in walk(loss, 0) if isinstance(leaf, nn.Parameter) and id(leaf) not in known]
+        layout.head += found
+        layout.shared = repeated([*layout.block, *layout.before, layout.head])
+        layout.traced = True
 
     def _backward_loss(self, loss: Tensor, inputs: Sequence[Tensor]) -> None:
         with Ambient.off():

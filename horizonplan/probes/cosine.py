@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from horizonplan.chain import Chain
+from horizonplan.chain.calls import scratch_buffers
 from horizonplan.gradient import horizon_backward
 from horizonplan.probes.memory import Stride, pairs_of
 from horizonplan.probes.sample import Sample
@@ -77,11 +78,8 @@ def _gradient(chain: Chain, batch: Any, schedule: Schedule, rng: list[Tensor], n
     for p in chain.parameters():
         p.grad = None
     set_random_state(chain, rng)
-    buffers = [(b, b.clone()) for b in chain.model.buffers()]
-    loss = horizon_backward(chain, batch, schedule)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with scratch_buffers(chain.model.modules()):
+        loss = horizon_backward(chain, batch, schedule)
     if not torch.isfinite(loss):
         raise ValueError(f"loss is {loss.item()} on batch {number}: check the data and the model's initial weights.")
     return loss

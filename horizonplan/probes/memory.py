@@ -104,7 +104,9 @@ def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.O
     step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step(chain, batch, schedule, optimizer)
     torch.cuda.synchronize(device)
     seen = nvml_bytes(device)
@@ -114,6 +116,6 @@ def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.O
         "nvml_bytes": seen.bytes,
         "nvml": seen.reason,
     }
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = standing_bytes(chain, optimizer, batch) + torch.cuda.max_memory_allocated(device) - before
     optimizer.zero_grad(set_to_none=True)
     return peak, detail

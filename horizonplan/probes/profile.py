@@ -301,6 +301,8 @@ def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) 
     for _ in range(repeats):
         start = time.perf_counter()
         made.step()
+        if chain.device.type == "cuda":
+            torch.cuda.synchronize(chain.device)
         times.append(time.perf_counter() - start)
     return {
         "base_bytes": base,

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from horizonplan.batch import move
 from horizonplan.chain import Chain
 from horizonplan.probes.memory import step
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import Optimize, optimizer_for, restored, trainable
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, seed_all, trainable
 from horizonplan.schedule import Schedule
 
 TAIL = 4
@@ -55,15 +56,15 @@ def rollout(
     order = [batches[i % len(batches)] for i in range(steps)]
     tail = max(1, steps // TAIL)
     with restored(chain), torch.no_grad():
-        torch.manual_seed(seed)
-        start = [chain.loss(batch).item() for batch in order[-tail:]]
+        seed_all(chain, seed)
+        start = [chain.loss(move(batch, chain.device)).item() for batch in order[-tail:]]
 
     def run(pair: tuple[int, int]) -> list[float]:
         schedule = Schedule.horizon(chain.depth, *pair)
         with restored(chain, weights=True):
-            torch.manual_seed(seed)
+            seed_all(chain, seed)
             made = optimizer_for(trainable(chain), optimizer)
-            losses = [step(chain, batch, schedule, made).item() for batch in order]
+            losses = [step(chain, move(batch, chain.device), schedule, made).item() for batch in order]
         advance()
         return losses[-tail:]
 

@@ -64,7 +64,8 @@ def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
     """
     model = chain.model
     rng = random_state(chain)
-    buffers = [(m._buffers, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    own = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    buffers = [(b, b.clone()) for _, kept in own for b in kept.values() if b is not None]
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters]
     values = [p.detach().clone() for p in parameters] if weights else []
@@ -79,13 +80,23 @@ def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
         with torch.no_grad():
             for p, value in zip(parameters, values, strict=False):
                 p.copy_(value)
-            for owner, name, buffer, value in buffers:
-                owner[name] = buffer.copy_(value)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for owner, kept in own:
+            owner.clear()
+            owner.update(kept)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         for live, saved in hooks:
             live.update(saved)
         set_random_state(chain, rng)
+
+
+def seed_all(chain: Chain, seed: int) -> None:
+    """Seed torch's generators that the model may use, and no other device's."""
+    torch.default_generator.manual_seed(seed)
+    for device in rng_devices(chain.model):
+        torch.cuda.default_generators[device].manual_seed(seed)
 
 
 def random_state(chain: Chain) -> list[Tensor]:

@@ -41,6 +41,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
         self.before_next: Callable[[], None] | None = None
         self._sizes: dict[int, int] = {}
+        self._names: dict[int, int] = {}  # an address may serve several storages one after another
+        self._living: set[int] = set()
+        self._made = 0
 
     def reset_peak(self) -> None:
         """Start a new peak: the largest value of ``live`` at an allocation from now on (0 without any)."""
@@ -51,12 +54,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 0 if tensor is None else self._sizes.get(tensor.untyped_storage()._cdata, 0)
 
     def key_of(self, tensor: Tensor) -> int:
-        """A name for a tensor's storage, for :meth:`alive`."""
-        return int(tensor.untyped_storage()._cdata)
+        """A number for a tensor's storage, for :meth:`alive`; -1 for storages from outside."""
+        return self._names.get(tensor.untyped_storage()._cdata, -1)
 
     def alive(self, key: int) -> bool:
         """Whether a storage made here is still alive."""
-        return key in self._sizes
+        return key in self._living
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,6 +76,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 key = storage._cdata
                 if key not in self._sizes and key not in outside:
                     self._sizes[key] = storage.nbytes()
+                    self._made += 1
+                    self._names[key] = self._made
+                    self._living.add(self._made)
                     self.live += self._sizes[key]
                     self.peak = max(self.peak, self.live)
                     weakref.finalize(storage, self._freed, key)
@@ -80,6 +86,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+        self._living.discard(self._names.pop(key, 0))
 
 
 class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

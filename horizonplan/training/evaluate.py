@@ -38,11 +38,11 @@ def evaluate(
 
 
 def _hits(model: nn.Module, batch: Any, target: Any) -> tuple[int, int]:
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+    if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point() or target.dtype == torch.bool:
         return 0, 0
     try:
         scores = output_tensor(call(model, model_inputs(batch)))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
         return 0, 0
     if not isinstance(scores, Tensor) or scores.ndim != target.ndim + 1 or not scores.is_floating_point():
         return 0, 0

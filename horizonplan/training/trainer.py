@@ -173,6 +173,8 @@ def _loop(
     history: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
     report, spent = reporter(progress, epochs), 0.0
+    if run.place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.place)
     model = run.chain.model
     for epoch in range(epochs):
         losses = []
