@@ -33,7 +33,7 @@ def main() -> None:
     cases = {
         "residual MLP": (ResidualMLP(64, 64, 10, depth=8), (torch.randn(512, 64), torch.randint(0, 10, (512,)))),
         "transformer": (
-            nn.Sequential(Patches(8), SequenceClassifier(192, 64, 10, depth=6, heads=4, positions=16)),
+            nn.Sequential(Patches(8), SequenceClassifier(192, 16, 10, depth=6)),
             images,
         ),
         "residual CNN": (ResidualCNN(3, (16, 32, 64), 3), images),
