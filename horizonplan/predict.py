@@ -46,30 +46,31 @@ def step_bytes(schedule: Schedule, profile: Profile) -> int:
 
 def step_flops(schedule: Schedule, profile: Profile) -> int:
     """FLOPs of one forward and backward, heads included (matrix products, convolutions, attention)."""
-    return sum(profile.costs[_cost_key(op, profile)].flops for op in profile.ops(schedule) if not isinstance(op, Drop))
+    ops = profile.ops(schedule)
+    pulled = _pulls_last(ops, profile)
+    return sum(profile.costs[_cost_key(op, profile, pulled)].flops for op in ops if not isinstance(op, Drop))
 
 
 def step_seconds(schedule: Schedule, profile: Profile) -> float | None:
     """Seconds of one step, the optimiser's included; ``None`` if the profile has no times."""
     if not profile.seconds:
         return None
-    total = profile.update_seconds
-    for op in profile.ops(schedule):
-        if isinstance(op, Pull):
-            total += profile.seconds[("pull", op.t, op.weights, op.input)]
-        elif isinstance(op, Rerun):
-            total += profile.seconds[("run", op.t, True)]
-        elif not isinstance(op, Drop):
-            total += profile.seconds[key_of(op)]
-    return total
+    timed = (op for op in profile.ops(schedule) if not isinstance(op, Drop))
+    return profile.update_seconds + sum(profile.seconds[key_of(op)[:4]] for op in timed)
 
 
-def _cost_key(op: Op, profile: Profile, fresh: bool = True, last: bool = False) -> tuple[object, ...]:
+def _pulls_last(ops: Iterable[Op], profile: Profile) -> bool:
+    """Whether anything is pulled below the head."""
+    return any(isinstance(op, Pull) and op.t == profile.depth - 1 for op in ops)
+
+
+def _cost_key(op: Op, profile: Profile, pulled: bool, fresh: bool = True, last: bool = False) -> tuple[object, ...]:
     """The profiled operation nearest to this one: what was not drilled apart makes no difference there."""
+    if isinstance(op, Loss) and op.final:
+        return ("loss", op.end, True, pulled)
     choices = [key_of(op, f, e) for f in (fresh, not fresh) for e in (last, not last)]
     if isinstance(op, Pull) and profile.before[op.t] > 0:
         choices = [key_of(op, f, e) for e in (last, not last) for f in (fresh, not fresh)]
-    choices += [("run", op.t, True)] if isinstance(op, Rerun) else []
     return next(key for key in choices if key in profile.costs)
 
 
@@ -83,6 +84,7 @@ class _Books:
         self.rebuilt: set[int] = set()
         self.made: set[int] = set()
         self.last_pull = {op.t: place for place, op in enumerate(ops) if isinstance(op, Pull)}
+        self.pulled = _pulls_last(ops, profile)
         self.delivered = self._deliveries()
 
     def enter(self, place: int, op: Op) -> Moment:
@@ -91,7 +93,7 @@ class _Books:
             self._begin_turn(op.t if isinstance(op, Run) else profile.depth)
         if not isinstance(op, Drop):
             last = isinstance(op, Pull) and place == self.last_pull[op.t]
-            peak = self._peak(op, profile.costs[_cost_key(op, profile, self._is_fresh(op), last)])
+            peak = self._peak(op, profile.costs[_cost_key(op, profile, self.pulled, self._is_fresh(op), last)])
         if isinstance(op, Run):
             self._run(op)
         elif isinstance(op, Rerun):
@@ -100,7 +102,7 @@ class _Books:
         elif isinstance(op, Loss):
             if op.final:
                 peak = max(peak, self._end_forward())
-            if not op.final or profile.depth - 1 in self.last_pull:
+            if not op.final or self.pulled:
                 self.live += profile.cotangent[op.end]
         elif isinstance(op, Pull):
             self._pull(place, op)
@@ -121,7 +123,7 @@ class _Books:
         profile = self.profile
         self.live -= sum(profile.lasting)
         self._let_go(profile.depth + 1)
-        peak = self.live + profile.costs["backward", profile.depth].peak_bytes
+        peak = self.live + (profile.costs["loss", profile.depth, True, self.pulled].later_bytes or 0)
         self._make(HEAD)
         self.live += profile.result_bytes
         return peak

@@ -288,3 +288,25 @@ def test_a_block_by_hand():
     assert profile.graph == (0, 0)  # a linear layer keeps its input, which is a state
     assert [[size for _, size in profile.gradients[t]] for t in range(2)] == [[weight], [weight]]
     assert profile.base_bytes == 2 * weight + 2 * state
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_frozen_bytes_and_flops_are_exact(seed):
+    torch.manual_seed(seed)
+    model, batch = mlp()
+    for p in model.parameters():
+        p.requires_grad_(bool(torch.rand(()) < 0.4))
+    next(iter(model.parameters())).requires_grad_(seed % 2 == 0)
+    list(model.parameters())[-1].requires_grad_()
+    chain = Chain.from_model(model, batch)
+    profile = probes.profile(chain, batch, repeats=0)
+    for h in range(1, chain.depth + 1):
+        for stride, recompute in ((1, 0), (h, 0), (h, 2)):
+            schedule = Schedule.horizon(chain.depth, h, stride, recompute)
+            with LiveBytes() as tracker, Flops() as counter:
+                execute(chain, batch, profile.ops(schedule))
+            model.zero_grad(set_to_none=True)
+            assert step_flops(schedule, profile) == counter.total
+            assert activation_bytes(profile.ops(schedule), profile) == pytest.approx(
+                tracker.peak, rel=0.02 * (recompute > 0)
+            )

@@ -29,8 +29,11 @@ def key_of(op: Op, fresh: bool = False, last: bool = False) -> Key:
     return ("run", op.t, op.graph) if isinstance(op, Run) else ("rerun", op.t)  # type: ignore[union-attr]
 
 
-def full_drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> list[Op]:
-    """Every block once, and every way to pull through it; the graph is rebuilt where a pull used it up."""
+def full_drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool], rerun: bool = True) -> list[Op]:
+    """Every block once, and every way to pull through it; the graph is rebuilt where a pull used it up.
+
+    ``rerun`` rebuilds every block's graph at least once. Without it nothing that a rerun needs is kept.
+    """
     ops: list[Op] = []
     for t in range(chain.depth):
         pulls = [
@@ -50,6 +53,8 @@ def full_drill(chain: Chain, keeps: Sequence[bool], freshes: Sequence[bool]) -> 
         if pulls and pulls[-1].keep:
             ops += [Loss(t + 1, final=False)] * trains_before(chain, t)
             ops.append(replace(pulls[-1], keep=False))
+        if pulls and rerun:
+            ops += [Rerun(t), *[Loss(t + 1, final=False)] * trains_before(chain, t), replace(pulls[-1], keep=False)]
         ops.append(Drop(t))
     return [*ops, Loss(chain.depth, final=True), Drop(chain.depth)]
 

@@ -30,7 +30,8 @@ from horizonplan.schedule import Drop, Loss, Op, Pull, Run, Schedule
 class OpCost:
     """One operation's peak over the bytes alive when it begins, and its FLOPs.
 
-    ``later_bytes`` is the peak of a second half: of a pull, when it goes on through what is before the block.
+    ``later_bytes`` is the peak of a second half: of a pull, when it goes on through what is before the block;
+    of the final loss, when the forward has returned (over the bytes alive then, the head's graph excluded).
     """
 
     peak_bytes: int
@@ -248,7 +249,7 @@ def _observe(chain: Chain, batch: Any, ops: list[Op]) -> _Bytes:
 def _measure_bytes(chain: Chain, batch: Any) -> Profile:
     depth = chain.depth
     costs = dict(_observe(chain, batch, full_drill(chain, [True, False], [True, False])).costs)
-    full = _observe(chain, batch, full_drill(chain, [True], [True]))
+    full = _observe(chain, batch, full_drill(chain, [True], [True], rerun=False))
     plain = _observe(chain, batch, plain_drill(chain))
     for weights, wanted in ((True, True), (True, False), (False, True)):
         costs |= {
@@ -257,9 +258,11 @@ def _measure_bytes(chain: Chain, batch: Any) -> Profile:
     for observed, with_graph in ((plain, False), (full, True)):
         for t, turn in enumerate(observed.turns):
             start = turn.begin - observed.let_go(t)
-            costs["run" if t < depth else "loss", t, with_graph or t == depth] = OpCost(turn.peak - start, turn.flops)
+            # the last turn is the final loss: with a pull into x(T), or of the head alone
+            key = ("run", t, with_graph) if t < depth else ("loss", t, True, with_graph)
+            after = (turn.peak_after or turn.arrive) - turn.x_bytes
+            costs[key] = OpCost(turn.peak - start, turn.flops, None if t < depth else after)
     turns, state = full.turns, [turn.x_bytes for turn in full.turns]
-    costs["backward", depth] = OpCost((turns[-1].peak_after or turns[-1].arrive) - state[depth], 0)
     stays = [turn.begin - full.let_go(t) - state[t] for t, turn in enumerate(turns)]
     held = [sum(state[u] for u in range(t) if turns[u].released > t) for t in range(depth + 1)]
     base = [0, *(stays[t] - held[t] for t in range(1, depth + 1))]
