@@ -158,9 +158,7 @@ class Chain:
 
     def block_parameters(self) -> list[nn.Parameter]:
         """The parameters over which a cosine is taken: trainable, in a block or before one, not stem, not head."""
-        layout = self.layout
-        groups = [*layout.block, *layout.before[1:]]
-        found = {id(p): p for group in groups for p in group if p.requires_grad}
+        found = {id(p): p for t in range(self.depth) for p in self.layout.group(t) if p.requires_grad}
         return list(found.values())
 
     @property
@@ -171,8 +169,7 @@ class Chain:
     @property
     def trainable(self) -> tuple[bool, ...]:
         """Per block, whether it (with what runs before it, the stem excepted) has parameters to train."""
-        groups = zip(self.layout.block, [[], *self.layout.before[1:]], strict=True)
-        return tuple(any(p.requires_grad for p in (*block, *before)) for block, before in groups)
+        return tuple(any(p.requires_grad for p in self.layout.group(t)) for t in range(self.depth))
 
     @property
     def device(self) -> torch.device:

@@ -69,6 +69,10 @@ class Layout:
     unplaced: frozenset[int] = frozenset()
     traced: bool = True
 
+    def group(self, t: int) -> list[nn.Parameter]:
+        """Block ``t``'s parameters with those of what runs before it, the stem's excepted."""
+        return [*self.block[t], *(self.before[t] if t > 0 else [])]
+
     @property
     def uniform(self) -> bool:
         """Whether all states after the first have one shape in every batch seen."""

@@ -86,4 +86,4 @@ def _members(chain: Chain, group: int) -> list[nn.Parameter]:
         return layout.head
     if group == STEM:
         return layout.before[0]
-    return [*layout.block[group], *(layout.before[group] if group > 0 else [])]
+    return layout.group(group)

@@ -66,7 +66,7 @@ def _groups(chain: Chain) -> list[list[nn.Parameter]]:
     seen: set[int] = set()
     groups = []
     for t in range(chain.depth):
-        members = [*chain.layout.block[t], *(chain.layout.before[t] if t > 0 else [])]
+        members = chain.layout.group(t)
         groups.append([p for p in members if p.requires_grad and id(p) not in seen])
         seen |= {id(p) for p in members}
     if not any(groups):

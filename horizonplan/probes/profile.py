@@ -225,7 +225,7 @@ class _Bytes(Driller):
         if isinstance(op, Loss) and op.final:
             self.gradients[HEAD] = self._made(layout.head)
         elif isinstance(op, Pull) and op.weights and self.fresh:
-            self.gradients[op.t] = self._made([*layout.block[op.t], *(layout.before[op.t] if op.t else [])])
+            self.gradients[op.t] = self._made(layout.group(op.t))
         if isinstance(op, Pull) and op.t == 0 and op.input:
             self.gradients[STEM] = self._made(layout.before[0])
 
