@@ -60,7 +60,7 @@ def score(row, objective, cost):
 
 
 def beats(one, other, objective, cost):
-    """Whether one row goes before the other: the order of DESIGN in words, one comparison after another."""
+    """Whether one row goes before the other: the rule for ties in words, one comparison after another."""
     pairs = [
         (score(one, objective, cost), score(other, objective, cost)),
         (one.flops or math.inf, other.flops or math.inf),
