@@ -135,21 +135,65 @@ def nbytes(batch: Any) -> int:
     return sum(spans.values())
 
 
-def move(batch: Any, device: torch.device) -> Any:
-    """The same batch on another device; tensors that are there already stay."""
+def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same batch with every tensor replaced by ``function(tensor)``."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        moved = {name: move(value, device) for name, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+        changed = {name: mapped(value, function) for name, value in batch.items()}
+        return changed if type(batch) is dict else type(batch)(changed)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
+        return type(batch)(*(mapped(value, function) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(move(value, device) for value in batch)
+        return type(batch)(mapped(value, function) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         names = [field.name for field in dataclasses.fields(batch)]
-        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in names})
+        return dataclasses.replace(batch, **{name: mapped(getattr(batch, name), function) for name in names})
     return batch
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The same batch on another device; tensors that are there already stay."""
+    return mapped(batch, lambda tensor: tensor.to(device))
+
+
+def rows(batch: Any) -> int:
+    """Samples in a batch: the first dimension that all its tensors share.
+
+    Raises:
+        ValueError: the tensors do not share one, or there are none.
+    """
+    sizes = {t.shape[0] for t in tensors(batch) if t.ndim > 0}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"batch: its tensors' first dimensions are {sorted(sizes)}, so there is no number of samples; give tensors "
+            "that share their first dimension."
+        )
+    return sizes.pop()
+
+
+def resized(batch: Any, count: int) -> Any:
+    """The batch with ``count`` samples: its first ones, or all of them over and over."""
+    have = rows(batch)
+    return mapped(batch, lambda t: t if t.ndim == 0 else t[torch.arange(count, device=t.device) % have])
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """The batch in ``parts`` micro-batches of nearly equal size, larger ones first.
+
+    Raises:
+        ValueError: it has fewer samples than that.
+    """
+    count = rows(batch)
+    if not 1 <= parts <= count:
+        raise ValueError(f"parts={parts}: give a whole number between 1 and {count}, the samples of the batch.")
+    pieces: list[Any] = []
+    start = 0
+    for part in range(parts):
+        size = count // parts + (part < count % parts)
+        pieces.append(mapped(batch, lambda t, a=start, b=start + size: t if t.ndim == 0 else t[a:b]))
+        start += size
+    return pieces
 
 
 def as_device(device: str | torch.device) -> torch.device:

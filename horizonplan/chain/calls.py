@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Original = Callable[..., Any]
 Handler = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
@@ -178,6 +179,13 @@ def quiet(model: nn.Module) -> ExitStack:
     stack.enter_context(without_cache(model))
     stack.enter_context(Ambient().restored(cache=False))  # a cached cast of a weight would link one block to another
     return stack
+
+
+def finite(tensor: Tensor) -> bool | None:
+    """Whether all values are finite; ``None`` for a tensor that stands for a shape and has none."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return None
+    return bool(torch.isfinite(tensor).all())
 
 
 def handler(function: Callable[..., Any], *bound: Any) -> Handler:

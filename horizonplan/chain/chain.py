@@ -20,7 +20,7 @@ from horizonplan.batch import (
     target_of,
     tensors,
 )
-from horizonplan.chain.calls import quiet, regrouped, without_cache
+from horizonplan.chain.calls import finite, quiet, regrouped, without_cache
 from horizonplan.chain.find import Found, find_blocks, named_blocks, refuse_layer_drop
 from horizonplan.chain.head import HeadOnly
 from horizonplan.chain.slots import Output, Slot
@@ -188,7 +188,7 @@ class Chain:
         """
         with quiet(self.model), torch.no_grad():
             loss = _checked_run(self.model, batch, self._compute)()
-        if not torch.isfinite(loss):
+        if finite(loss) is False:
             raise ValueError(f"loss is {loss.item()} on {name}: check the data and the model's weights.")
 
     @contextmanager
@@ -308,8 +308,10 @@ class Chain:
             others: list[Tensor | None] = [1.5 * state.detach().flip(0)] * self.depth
             needed = self.shapes_for(batch, ())
             return [
-                self.loss_at(state, batch, shapes.standins, needed, self.layout.outputs, passing).item()
+                loss.item()
                 for passing in (None, others)
+                if finite(loss := self.loss_at(state, batch, shapes.standins, needed, self.layout.outputs, passing))
+                is not None
             ]
 
 

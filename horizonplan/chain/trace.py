@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizonplan.chain.calls import handler, intercept, quiet
+from horizonplan.chain.calls import finite, handler, intercept, quiet
 from horizonplan.chain.slots import Output, Slot, candidates
 
 WAYS_OUT = (
@@ -221,7 +221,7 @@ class _GraphWalk:
             last = self.leaf
             assert last is not None
             reached, self.head = self._reach(loss, self.mark, "the head and loss", allowed=last)
-            self.dtype, self.finite = last.dtype, bool(torch.isfinite(loss))
+            self.dtype, self.finite = last.dtype, finite(loss) is True
         if not reached:
             raise ChainError(
                 f"the loss does not depend on the output of the last block {self.names[-1]!r} "

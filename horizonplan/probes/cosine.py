@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,23 @@ from torch import Tensor, nn
 
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import scratch_buffers
-from horizonplan.gradient import horizon_backward
+from horizonplan.probes.budget import host_copy
 from horizonplan.probes.memory import Stride, pairs_of
+from horizonplan.probes.pieces import check_pieces, gradient
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import random_state, restored, set_random_state
 from horizonplan.schedule import Schedule
+
+CHUNK = 2**20
+HOST_SHARE = 0.25
+
+Recompute = Callable[[Schedule], int]
+Exact = tuple[dict[nn.Parameter, Tensor], Tensor]
+
+
+def never(schedule: Schedule) -> int:
+    """Recompute nothing."""
+    return 0
 
 
 def cosine(
@@ -24,13 +37,25 @@ def cosine(
     batches: Iterable[Any],
     horizons: Sequence[int],
     strides: Sequence[Stride] = (1,),
+    recompute: Recompute = never,
+    micro_batches: int = 1,
 ) -> list[Sample]:
     """Measure cos(theta_h) between g_h and g_T over all trainable block parameters (not stem, not head).
 
     ``cos(theta_h) = g_h . g_T / (|g_h| |g_T|)``, the mean over batches of the per-batch cosine (Unifying
     Back-Propagation and Forward-Forward Algorithms through Model Predictive Control, Eq. 13 and
     Algorithm 1, line 11). All horizons see the same dropout masks; buffers, gradients and random
-    state are left as they were. Besides the model, one copy of the exact gradient is held.
+    state are left as they were. The exact gradient waits on the host, so on the device there is never
+    more than one gradient.
+
+    Args:
+        chain: the model.
+        batches: batches on the model's device.
+        horizons: horizons h.
+        strides: strides s at each of them.
+        recompute: activation checkpointing for a schedule, the exact one included: the same gradient
+            in less memory.
+        micro_batches: parts of a batch whose gradients are accumulated, for all horizons alike.
 
     Returns:
         One sample for each horizon and stride: the mean, its standard error over batches (``None``
@@ -39,26 +64,78 @@ def cosine(
         g_T's projection on it.
 
     Raises:
-        ValueError: a loss is not finite, or a gradient vanishes or is not finite.
+        ValueError: a loss is not finite, a gradient vanishes or is not finite, or micro-batches have
+            another gradient than the batch.
     """
-    pairs = pairs_of(chain.depth, horizons, strides)
-    groups = _groups(chain)
-    found: dict[tuple[int, int], list[tuple[float, float, list[float | None]]]] = {pair: [] for pair in pairs}
-    for number, batch in enumerate(batches):
-        with restored(chain):
-            state = random_state(chain)
-            exact = _gradient(chain, batch, Schedule.exact(chain.depth), state, number)
-            kept = {p: p.grad.clone() for group in groups for p in group if p.grad is not None}
-            own = [_dot(group, kept, kept) for group in groups]
-            for pair in pairs:
-                loss = exact
-                if pair[0] < chain.depth:
-                    loss = _gradient(chain, batch, Schedule.horizon(chain.depth, *pair), state, number)
-                here = kept if pair[0] == chain.depth else {p: p.grad for p in kept if p.grad is not None}
-                found[pair].append(_angles(groups, here, kept, own, loss))
-    if not all(found.values()):
-        raise ValueError("batches is empty: give at least one batch.")
-    return [_sample(pair, values) for pair, values in found.items()]
+    return Cosines(chain, list(batches), recompute, micro_batches).measure(pairs_of(chain.depth, horizons, strides))
+
+
+class Cosines:
+    """The exact gradients of a few batches, kept on the host where it has room, to compare others with.
+
+    Args and errors are those of :func:`cosine`.
+    """
+
+    def __init__(
+        self, chain: Chain, batches: Sequence[Any], recompute: Recompute = never, micro_batches: int = 1
+    ) -> None:
+        if not batches:
+            raise ValueError("batches is empty: give at least one batch.")
+        self.chain, self.batches = chain, batches
+        self.recompute, self.micro_batches = recompute, micro_batches
+        self.groups = _groups(chain)
+        self.state = random_state(chain)
+        if micro_batches > 1:
+            check_pieces(chain, batches[0], micro_batches)
+        own = sum(p.nbytes for group in self.groups for p in group)
+        self.keeps = own * len(batches) <= HOST_SHARE * _host_bytes()
+        self.kept: dict[int, Exact] = {}
+
+    def measure(self, pairs: Sequence[tuple[int, int]]) -> list[Sample]:
+        """One sample for each (horizon, stride)."""
+        found: dict[tuple[int, int], list[tuple[float, float, list[float | None]]]] = {pair: [] for pair in pairs}
+        for number in range(len(self.batches)):
+            with restored(self.chain):
+                exact, loss = self._exact(number)
+                own = [_dot(group, exact, exact) for group in self.groups]
+                for pair in pairs:
+                    if pair[0] == self.chain.depth:
+                        found[pair].append(_angles(self.groups, exact, exact, own, loss))
+                        continue
+                    reached = self._gradient(number, Schedule.horizon(self.chain.depth, *pair))
+                    here = {p: p.grad for p in exact if p.grad is not None}
+                    found[pair].append(_angles(self.groups, here, exact, own, reached))
+        return [_sample(pair, values) for pair, values in found.items()]
+
+    def _exact(self, number: int) -> Exact:
+        if number in self.kept:
+            return self.kept[number]
+        loss = self._gradient(number, Schedule.exact(self.chain.depth))
+        found = {p: host_copy(p.grad) for group in self.groups for p in group if p.grad is not None}
+        if self.keeps:
+            self.kept[number] = found, loss
+        return found, loss
+
+    def _gradient(self, number: int, schedule: Schedule) -> Tensor:
+        chain = self.chain
+        for p in chain.parameters():
+            p.grad = None
+        set_random_state(chain, self.state)
+        schedule = Schedule(schedule.depth, schedule.windows, self.recompute(schedule))
+        with scratch_buffers(chain.model.modules()):
+            loss = gradient(chain, self.batches[number], schedule, self.micro_batches)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"loss is {loss.item()} on batch {number}: check the data and the model's initial weights."
+            )
+        return loss
+
+
+def _host_bytes() -> float:
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # no such question on this system
+        return 0.0
 
 
 def _groups(chain: Chain) -> list[list[nn.Parameter]]:
@@ -74,19 +151,18 @@ def _groups(chain: Chain) -> list[list[nn.Parameter]]:
     return groups
 
 
-def _gradient(chain: Chain, batch: Any, schedule: Schedule, rng: list[Tensor], number: int) -> Tensor:
-    for p in chain.parameters():
-        p.grad = None
-    set_random_state(chain, rng)
-    with scratch_buffers(chain.model.modules()):
-        loss = horizon_backward(chain, batch, schedule)
-    if not torch.isfinite(loss):
-        raise ValueError(f"loss is {loss.item()} on batch {number}: check the data and the model's initial weights.")
-    return loss
-
-
 def _dot(group: list[nn.Parameter], left: dict[nn.Parameter, Tensor], right: dict[nn.Parameter, Tensor]) -> float:
-    return sum(torch.sum(left[p].double() * right[p].double()).item() for p in group if p in left and p in right)
+    """Inner product over a group, in double precision and a chunk at a time."""
+    return sum(
+        torch.dot(a.double(), b.to(a.device).double()).item()
+        for p in group
+        if p in left and p in right
+        for a, b in _chunks(left[p], right[p])
+    )
+
+
+def _chunks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(left.reshape(-1).split(CHUNK), right.reshape(-1).split(CHUNK), strict=True)
 
 
 def _angles(

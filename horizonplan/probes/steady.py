@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from horizonplan.batch import nbytes
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices
+from horizonplan.probes.budget import host_copy
 from horizonplan.probes.tracker import own_bytes
 
 Optimize = Callable[[Any], Optimizer] | Optimizer
@@ -60,15 +61,15 @@ def check_optimizer(optimizer: object, parameters: list[nn.Parameter], given: ob
 def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
     """Bring buffers, gradients, random state and (``weights``) parameters back, whatever happens inside.
 
-    Gradients start as ``None``, and post-accumulate hooks of the user's (a fused optimiser step, say) rest.
+    The copies are in the host's memory. Gradients start as ``None``, and post-accumulate hooks of the user's (a fused optimiser step, say) rest.
     """
     model = chain.model
     rng = random_state(chain)
     own = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
-    buffers = [(b, b.clone()) for _, kept in own for b in kept.values() if b is not None]
+    buffers = [(b, host_copy(b)) for _, kept in own for b in kept.values() if b is not None]
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters]
-    values = [p.detach().clone() for p in parameters] if weights else []
+    values = [host_copy(p) for p in parameters] if weights else []
     hooks = [(h, dict(h)) for p in parameters if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
     try:
         for live, _ in hooks:

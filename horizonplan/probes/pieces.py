@@ -1,0 +1,55 @@
+"""A batch's gradient, all at once or as the sum over its micro-batches: the same gradient in less memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horizonplan.batch import rows, split
+from horizonplan.chain import Chain
+from horizonplan.chain.calls import quiet, training_mode
+from horizonplan.gradient import horizon_backward
+from horizonplan.schedule import Schedule
+
+
+def gradient(chain: Chain, batch: Any, schedule: Schedule, micro_batches: int = 1) -> Tensor:
+    """Accumulate a schedule's gradient on a batch into ``p.grad``; returns the terminal loss, detached.
+
+    With micro-batches the losses are weighted by their samples: the loss must be a mean over samples
+    (:func:`check_pieces`).
+    """
+    if micro_batches == 1:
+        return horizon_backward(chain, batch, schedule)
+    count = rows(batch)
+    total = torch.zeros((), device=chain.device)
+    for piece in split(batch, micro_batches):
+        share = rows(piece) / count
+        total = total + share * horizon_backward(chain, piece, schedule, scale=share)
+    return total
+
+
+def check_pieces(chain: Chain, batch: Any, micro_batches: int) -> None:
+    """See that a batch's loss is the mean of its micro-batches' losses, weighted by their samples.
+
+    Raises:
+        ValueError: it is not, so that accumulated gradients would be another gradient: BatchNorm
+            couples the samples of a batch, or the loss is no mean over samples.
+    """
+    for name, module in chain.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"model: {name or 'it'} is a {type(module).__name__}, which couples the samples of a batch, so "
+                "micro-batches have another gradient; give smaller batches."
+            )
+    with quiet(chain.model), training_mode(chain.model, False), torch.no_grad():
+        whole = chain.loss(batch).item()
+        count = rows(batch)
+        parts = sum(chain.loss(piece).item() * rows(piece) / count for piece in split(batch, micro_batches))
+    if not math.isclose(whole, parts, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            f"loss: {whole:.6g} on a batch, but {parts:.6g} as the mean over its {micro_batches} micro-batches; let it "
+            "be a mean over samples, or give smaller batches."
+        )

@@ -1,0 +1,175 @@
+"""A model without memory: shapes in place of values, to predict a step on a CUDA card on any machine.
+
+Parameters, buffers and batch become fake tensors (``torch._subclasses.fake_tensor``): every operator
+computes shapes and allocates nothing, so a model of any size, on device ``meta`` too, runs forward
+and backward in seconds under :class:`horizonplan.probes.LiveBytes`. The fakes live on device ``cpu``
+(fake CUDA tensors cannot run a backward without a card), so operators that keep something else for
+their backward on CUDA than on CPU are replaced by ones that keep the same as CUDA's kernels do.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from horizonplan.batch import mapped
+from horizonplan.probes.steady import Optimize, optimizer_for
+
+_NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+
+class SimulationError(ValueError):
+    """The model asks for values, which a simulation does not have; the message names the place."""
+
+
+class Simulation:
+    """What stands for a model's tensors while it is simulated."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, tuple[Any, Tensor]] = {}
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The fake in place of a tensor; tensors that share memory have fakes that do."""
+        if id(tensor) not in self._twins:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = (storage, torch.empty(storage.nbytes(), dtype=torch.uint8))
+            flat = self._storages[storage._cdata][1].view(tensor.dtype)
+            fake = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, tensor.requires_grad)
+            self._twins[id(tensor)] = (tensor, fake)
+        return self._twins[id(tensor)][1]
+
+    def batch(self, batch: Any) -> Any:
+        """The batch as fakes."""
+        return mapped(batch, self.twin)
+
+    def optimizer(self, optimizer: Optimize | None) -> Callable[[Any], Optimizer]:
+        """How to make the user's optimiser over fakes, with the temporaries that it has on CUDA.
+
+        There ``foreach`` is the default, which works on all parameters at once.
+        """
+
+        def make(parameters: Any) -> Optimizer:
+            given = optimizer
+            if isinstance(given, Optimizer):
+                groups = [
+                    {**group, "params": [self._twins[id(p)][1] for p in group["params"] if id(p) in self._twins]}
+                    for group in given.param_groups
+                ]
+                made = type(given)(groups)  # type: ignore[call-arg]
+            else:
+                made = optimizer_for(parameters, given)
+            for group in made.param_groups:
+                if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                    group["foreach"] = True
+            return made
+
+        return make
+
+
+@contextmanager
+def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
+    """Replace a model's tensors by fakes for the length of a ``with`` block; the model itself is not touched.
+
+    Args:
+        model: on any device, ``meta`` included.
+        cuda: keep for the backward what CUDA's kernels keep (``False``: what the CPU's keep).
+
+    Raises:
+        SimulationError: the model's flow depends on values (``.item()``, boolean indexing), or an
+            operator has no fake.
+    """
+    simulation, saved = Simulation(), []
+    homes: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers, vars(m))]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for home in homes:
+                for name, value in list(home.items()):
+                    if isinstance(value, Tensor):
+                        saved.append((home, name, value))
+                        home[name] = simulation.twin(value)
+            with _KeepsAsCuda() if cuda else torch.enable_grad():
+                yield simulation
+    except Exception as error:
+        cause = _first_cause(error)
+        if not isinstance(cause, _NEEDS_VALUES):
+            raise
+        raise SimulationError(
+            f"model: {_place(cause)} needs values ({type(cause).__name__}: {cause}), and a simulation has shapes only; "
+            "remove the dependence on values, or measure on a device."
+        ) from error
+    finally:
+        for home, name, value in saved:
+            home[name] = value
+
+
+class _KeepsAsCuda(TorchFunctionMode):
+    """Operators that keep for their backward what CUDA's kernels keep.
+
+    Dropout keeps a mask of one byte an element (on CPU: of the input's type). Attention with dropout
+    stays fused and draws its mask again (on CPU: the whole matrix of scores). RMSNorm keeps its input
+    and a number a row, as LayerNorm does (on CPU: several tensors of the input's size).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is torch.rms_norm:
+            return _rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace or not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    return torch.native_layer_norm(input, normalized_shape, weight, None, 1e-6 if eps is None else eps)[0]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/horizonplan/" not in f.filename]
+    frame = own[-1] if own else frames[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.line or frame.name})"
