@@ -3,6 +3,7 @@
 import os
 import platform
 import warnings
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from horizonplan.cli import options as opt
 from horizonplan.planner import plan_horizon
-from horizonplan.probes.cuda import nvml_bytes
+from horizonplan.probes import nvml
 from horizonplan.units import format_bytes
 
 PACKAGES = ("horizonplan", "torch", "numpy", "scipy", "nvidia-ml-py", "optuna", "fastapi", "matplotlib", "typer")
@@ -22,18 +23,21 @@ EXTRAS = {"examples": ("mlxtend", "scikit-learn"), "hugging face": ("transformer
 def doctor(json: opt.Json = False, debug: opt.Debug = False) -> None:
     """Show versions, extras and devices, and try to plan on each device. Exit code 0 if that works on all.
 
-    --json prints ok, versions, extras (null: not installed) and, for each device, cpus, memory_bytes, the bytes of
-    this process that NVML sees or why it sees none, and the error of planning there (null: it works).
+    --json prints ok, versions, extras (null: not installed); for each device, its name, memory_bytes and the error of
+    planning there (null: it works); for each card, what NVML reads: process_bytes (this process), used_bytes (all),
+    total_bytes, peak_bytes, and, where a number is missing (null), the name, meaning and reason of what hides it.
     """
     versions = {"python": platform.python_version()} | _versions(PACKAGES)
     extras = {extra: _versions(names) for extra, names in EXTRAS.items()}
     cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     devices = {str(device): _facts(device) for device in (torch.device("cpu"), *cards)}
+    readings = {str(card): _reading(card) for card in cards or [torch.device("cuda")]}  # no card: that is said
     ok = all(facts["error"] is None for facts in devices.values())
     if json:
-        opt.print_json({"ok": ok, "versions": versions, "extras": extras, "devices": devices})
+        opt.print_json({"ok": ok, "versions": versions, "extras": extras, "devices": devices, "nvml": readings})
     else:
-        for title, entries in {"versions": versions, **extras, **devices}.items():
+        seen = {f"nvml {card}": _known(reading) for card, reading in readings.items()}
+        for title, entries in {"versions": versions, **extras, **devices, **seen}.items():
             typer.echo(f"{title:14}{', '.join(_in_words(name, value) for name, value in entries.items())}")
         typer.echo("planning works" if ok else "planning fails; see the errors above")
     if not ok:
@@ -51,16 +55,21 @@ def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def _facts(device: torch.device) -> dict[str, Any]:
-    error = _tried(device)  # before NVML is asked, which lists a process only once it uses the card
+    error = _tried(device)
     if device.type == "cuda":
-        card, nvml = torch.cuda.get_device_properties(device), nvml_bytes(device)
-        seen = {"nvml_bytes": nvml.bytes, "nvml": nvml.reason}
-        return {"name": card.name, "memory_bytes": card.total_memory, **seen, "error": error}
+        card = torch.cuda.get_device_properties(device)
+        return {"name": card.name, "memory_bytes": card.total_memory, "error": error}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
     cards = f"{torch.cuda.device_count()} usable; torch is built {built}"
     return {"name": platform.machine(), "cpus": cpus, "memory_bytes": memory, "cuda": cards, "error": error}
+
+
+def _reading(card: torch.device) -> dict[str, Any]:
+    """What NVML reads, after planning: it lists a process only once that uses the card."""
+    seen = nvml.read(card)
+    return asdict(seen) | {"meaning": nvml.FALLBACKS[seen.fallback] if seen.fallback else None}
 
 
 def _tried(device: torch.device) -> str | None:
@@ -73,6 +82,10 @@ def _tried(device: torch.device) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
+
+
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _in_words(name: str, value: Any) -> str:

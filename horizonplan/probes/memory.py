@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from horizonplan.batch import nbytes
 from horizonplan.chain import Chain
 from horizonplan.gradient import horizon_backward
-from horizonplan.probes.cuda import nvml_bytes
+from horizonplan.probes.nvml import Reading, read, seen_bytes
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes
@@ -67,7 +68,8 @@ def memory(
 
     On CPU the tracker's peak over a step (``zero_grad(set_to_none=True)``, backward, optimiser step)
     plus the bytes alive at its start (parameters, buffers, optimiser state, batch), exact and
-    repeatable. On CUDA ``max_memory_allocated``, with NVML's process bytes in the detail.
+    repeatable. On CUDA ``max_memory_allocated``; the detail has NVML's bytes of the process
+    (``nvml_bytes``), how they were had (``nvml``) and what stood in the way (``nvml_fallback``).
 
     Returns:
         One sample in bytes for each horizon and stride. The model is left bit for bit as it was.
@@ -92,6 +94,7 @@ def step(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Op
 
 
 def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    baseline = _baseline(chain.device)
     step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     if chain.device.type != "cuda":
@@ -109,13 +112,23 @@ def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.O
     before = torch.cuda.memory_allocated(device)
     step(chain, batch, schedule, optimizer)
     torch.cuda.synchronize(device)
-    seen = nvml_bytes(device)
+    seen = read(device)
+    nvml_bytes, how = seen_bytes(baseline, seen)
     detail = {
         "how": "max_memory_allocated",
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "nvml_bytes": seen.bytes,
-        "nvml": seen.reason,
+        "nvml_bytes": nvml_bytes,
+        "nvml": how,
+        "nvml_fallback": seen.fallback,
     }
     peak = standing_bytes(chain, optimizer, batch) + torch.cuda.max_memory_allocated(device) - before
     optimizer.zero_grad(set_to_none=True)
     return peak, detail
+
+
+def _baseline(device: torch.device) -> Reading:
+    """What NVML sees besides this process's allocator: other processes, and the context."""
+    seen = read(device)
+    if seen.used_bytes is None:
+        return seen
+    return replace(seen, used_bytes=seen.used_bytes - torch.cuda.memory_reserved(device))
