@@ -12,7 +12,7 @@ import pynvml as real
 import pytest
 import torch
 
-from horizonplan.probes.nvml import FALLBACKS, Reading, read, seen_bytes
+from horizonplan.probes.nvml import FALLBACKS, Reading, driver_version, read, seen_bytes
 
 ME, SENTINEL = os.getpid(), 2**64 - 1
 CUDA = torch.device("cuda", 0)
@@ -51,6 +51,9 @@ class FakeNVML(ModuleType):
 
     def nvmlShutdown(self):
         self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
         instances = [instance for card in self.cards for instance in card.mig or () if instance is not None]
@@ -224,6 +227,13 @@ def test_shutdown_that_fails_hides_nothing(nvml, monkeypatch):
     fake = nvml(card())
     monkeypatch.setattr(fake, "nvmlShutdown", lambda: (FakeNVML.nvmlShutdown(fake), answer(error("UNKNOWN"))))
     assert read(CUDA).process_bytes == 500
+
+
+def test_driver_tells_its_version_or_nothing(nvml):
+    nvml()
+    assert driver_version() == "580.1"
+    nvml(init=error("DRIVER_NOT_LOADED"))
+    assert driver_version() is None
 
 
 def test_every_fallback_has_a_meaning():

@@ -160,11 +160,11 @@ def _write(letter: IO[bytes], function: Callable[..., Any], args: tuple[Any, ...
 
 def _run(letter: IO[bytes], answer: IO[bytes], output: IO[bytes], timeout_seconds: float) -> int | None:
     """The child's exit code, or ``None`` if the time was up; when this returns or raises, its group has ended."""
-    theirs, ours = os.pipe()
-    numbers = letter.fileno(), answer.fileno(), theirs
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as pipe:
+        theirs, ours = os.pipe()  # the lifeline
         for end in (theirs, ours):
             pipe.callback(os.close, end)
+        numbers = letter.fileno(), answer.fileno(), theirs
         running = subprocess.Popen(
             # -P: this folder, with a time.py in it, is no place to import from
             [sys.executable, "-P", "-X", "faulthandler", child.__file__, *map(str, numbers)],

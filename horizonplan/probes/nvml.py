@@ -11,9 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 FALLBACKS = {
     "no gpu": "torch sees no CUDA device, or NVML lists none with its UUID",
@@ -92,19 +94,15 @@ def read(device: torch.device, pid: int | None = None) -> Reading:
         built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
         return _nothing("no gpu", f"torch (built {built}) sees no CUDA device")
     card = torch.cuda.get_device_properties(device)
-    try:
-        import pynvml
+    pid = os.getpid() if pid is None else pid
+    seen, trouble = _ask(partial(_with_nvml, partial(_look, card=card, pid=pid)))
+    return seen if trouble is None else _nothing(*trouble)
 
-        pynvml.nvmlInit()
-    except Exception as error:  # whatever it is, there are no bytes, and the caller is told why
-        return _nothing(*_trouble(error))
-    try:
-        return _look(pynvml, card, os.getpid() if pid is None else pid)
-    except Exception as error:
-        return _nothing(*_trouble(error))
-    finally:
-        with suppress(Exception):
-            pynvml.nvmlShutdown()
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver; ``None`` where NVML does not tell."""
+    version, _ = _ask(partial(_with_nvml, lambda nvml: nvml.nvmlSystemGetDriverVersion()))
+    return None if version is None else str(version)
 
 
 def seen_bytes(before: Reading, after: Reading) -> tuple[int | None, str]:
@@ -130,6 +128,17 @@ def seen_bytes(before: Reading, after: Reading) -> tuple[int | None, str]:
     return None, after.fallback or before.fallback or "other"
 
 
+def _with_nvml(question: Callable[[Any], T]) -> T:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return question(pynvml)
+    finally:
+        with suppress(Exception):  # the answer counts
+            pynvml.nvmlShutdown()
+
+
 def _nothing(fallback: str, reason: str) -> Reading:
     return Reading(None, None, None, None, fallback, reason)
 
@@ -147,7 +156,7 @@ def _ask(query: Callable[[], Any]) -> tuple[Any, tuple[str, str] | None]:
     """An answer, or what stands in its way: one question refused must not lose the others' answers."""
     try:
         return query(), None
-    except Exception as error:
+    except Exception as error:  # whatever it is, there is no number, and the caller is told why
         return None, _trouble(error)
 
 
