@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -157,43 +158,47 @@ def move(batch: Any, device: torch.device) -> Any:
     return mapped(batch, lambda tensor: tensor.to(device))
 
 
-def rows(batch: Any) -> int:
-    """Samples in a batch: the first dimension that all its tensors share.
-
-    Raises:
-        ValueError: the tensors do not share one, or there are none.
-    """
+def batch_size(batch: Any) -> int | None:
+    """Samples in a batch: the first dimension that all its tensors share; ``None`` if they share none."""
     sizes = {t.shape[0] for t in tensors(batch) if t.ndim > 0}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"batch: its tensors' first dimensions are {sorted(sizes)}, so there is no number of samples; give tensors "
-            "that share their first dimension."
-        )
-    return sizes.pop()
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def resized(batch: Any, count: int) -> Any:
-    """The batch with ``count`` samples: its first ones, or all of them over and over."""
-    have = rows(batch)
+    """The batch with ``count`` samples: its first ones, or all of them over and over.
+
+    Raises:
+        ValueError: its tensors share no first dimension.
+    """
+    have = _known_size(batch)
     return mapped(batch, lambda t: t if t.ndim == 0 else t[torch.arange(count, device=t.device) % have])
 
 
 def split(batch: Any, parts: int) -> list[Any]:
-    """The batch in ``parts`` micro-batches of nearly equal size, larger ones first.
+    """The batch in ``parts`` micro-batches of nearly equal size.
 
     Raises:
-        ValueError: it has fewer samples than that.
+        ValueError: it has fewer samples than that, or its tensors share no first dimension.
     """
-    count = rows(batch)
+    count = _known_size(batch)
     if not 1 <= parts <= count:
         raise ValueError(f"parts={parts}: give a whole number between 1 and {count}, the samples of the batch.")
-    pieces: list[Any] = []
-    start = 0
-    for part in range(parts):
-        size = count // parts + (part < count % parts)
-        pieces.append(mapped(batch, lambda t, a=start, b=start + size: t if t.ndim == 0 else t[a:b]))
-        start += size
-    return pieces
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [
+        mapped(batch, lambda t, a=a, b=b: t if t.ndim == 0 else t[a:b])  # type: ignore[misc]
+        for a, b in pairwise(bounds)
+    ]
+
+
+def _known_size(batch: Any) -> int:
+    size = batch_size(batch)
+    if size is None:
+        shapes = [tuple(t.shape) for t in tensors(batch)]
+        raise ValueError(
+            f"batch: its tensors {shapes} share no first dimension, so its samples cannot be told apart; give tensors "
+            "that do."
+        )
+    return size
 
 
 def as_device(device: str | torch.device) -> torch.device:

@@ -5,8 +5,8 @@ Stride 1 at every horizon is the paper's family, with back-propagation at h = T.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from horizonplan.curves import Curve
 from horizonplan.predict import step_bytes, step_flops, step_seconds
@@ -62,10 +62,34 @@ def table(
 
 def with_memory(row: Row, sample: Sample | None) -> Row:
     """The row with measured instead of predicted memory."""
-    if sample is None:
+    if sample is None or math.isnan(sample.value):
         return row
     nvml = sample.detail.get("nvml_bytes")
     return replace(row, memory_bytes=round(sample.value), memory_source="measured", nvml_bytes=nvml)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a device has for a step.
+
+    Attributes:
+        limit_bytes: bytes that one process may have there; ``None``: no limit.
+        margin_bytes: what the device needs besides the bytes of tensors, from those; ``None``: nothing.
+        as_memory: whether the table's memory is what the device needs, and not the bytes of tensors.
+    """
+
+    limit_bytes: int | None = None
+    margin_bytes: Callable[[int], int] | None = None
+    as_memory: bool = False
+
+    def holds(self, row: Row) -> Row:
+        """The row with what the device needs for it, and whether that is there."""
+        needed = row.nvml_bytes
+        if needed is None and self.margin_bytes is not None:
+            needed = row.memory_bytes + self.margin_bytes(row.memory_bytes)
+        least = row.memory_bytes if needed is None else needed
+        fits = None if self.limit_bytes is None else least <= self.limit_bytes
+        return replace(row, device_bytes=needed, fits=fits, memory_bytes=least if self.as_memory else row.memory_bytes)
 
 
 def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
@@ -74,11 +98,14 @@ def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]
     return tuple(_with_rate(row, found.get((row.horizon, row.stride, row.recompute))) for row in rows)
 
 
-def with_derived_rate(row: Row, measured: Sequence[Sample]) -> Row:
-    """The row with its measured cosine, and cos^2 as rate: what is left when no rollout is wanted."""
-    (sample,) = measured
-    row = replace(row, cosine=sample.value, cosine_stderr=sample.stderr, cosine_source="measured")
-    return replace(row, rate=sample.value**2, rate_source="derived")
+def with_cosine(row: Row, sample: Sample) -> Row:
+    """The row with its measured cosine."""
+    return replace(row, cosine=sample.value, cosine_stderr=sample.stderr, cosine_source="measured")
+
+
+def with_derived_rate(row: Row) -> Row:
+    """The row with cos^2 as its rate, if its cosine is known: what is left when there are no rollouts."""
+    return row if row.cosine is None else replace(row, rate=row.cosine**2, rate_source="derived")
 
 
 def _with_rate(row: Row, sample: Sample | None) -> Row:
@@ -106,7 +133,7 @@ def _with_cosine(row: Row, depth: int, sample: Sample | None, curve: Curve | Non
     if row.horizon == depth:
         return replace(row, cosine=1.0, cosine_source="derived", rate=1.0, rate_source="derived")
     if sample is not None:
-        row = replace(row, cosine=sample.value, cosine_stderr=sample.stderr, cosine_source="measured")
+        row = with_cosine(row, sample)
     elif row.stride == 1 and curve is not None:
         row = replace(row, cosine=min(1.0, max(-1.0, curve(row.horizon))), cosine_source="fitted")
     if row.stride > 1 or row.cosine is None:

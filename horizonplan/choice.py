@@ -7,13 +7,17 @@ stride 1 although stride 1 has the larger cosine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from horizonplan.cost import Cost
+from horizonplan.candidates import Room, table
+from horizonplan.cost import Cost, as_cost
+from horizonplan.curves import Curve
 from horizonplan.explain import depth_of, name_of
 from horizonplan.objective import InfeasibleError, Objective, evaluate, select
 from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.profile import Profile
+from horizonplan.probes.sample import Sample
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes
 
@@ -22,6 +26,54 @@ NO_FALL = (
     "The short runs found no rate: back-propagation itself did not lower the loss in them. Give more rollout_steps or "
     "another optimizer. The first of strides was taken, with cos^2 as its rate."
 )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What was asked for: from measurements to a table, and from a table to a choice.
+
+    Attributes:
+        objective: what to minimise, and subject to what.
+        cost: price of memory; ``None``: linear in nodes.
+        strides: strides that are candidates.
+        exact_may_win: whether checkpointed back-propagation is a candidate.
+        room: what the device has.
+        node_bytes: a node's memory where the cost leaves it open; ``None``: back-propagation's need.
+    """
+
+    objective: Objective
+    cost: Cost | None
+    strides: Sequence[Stride]
+    exact_may_win: bool
+    room: Room
+    node_bytes: int | None = None
+
+    def rows(self, profile: Profile, samples: Iterable[Sample], curves: Mapping[str, Curve]) -> tuple[Row, ...]:
+        """The table, judged."""
+        rows = table(profile, samples, curves, self.strides, self.exact_may_win)
+        return self.judged([self.room.holds(row) for row in rows])
+
+    def judged(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Rows with cost, objective and feasibility."""
+        return evaluate(rows, self.objective, self.price(rows))
+
+    def price(self, rows: Sequence[Row]) -> Cost:
+        """The cost with its node's memory filled in."""
+        return as_cost(self.cost, self.node_bytes or max(1, find(rows, depth_of(rows), 1).memory_bytes))
+
+    def swapped(self, rows: Sequence[Row], old: Row, new: Row) -> tuple[tuple[Row, ...], Row]:
+        """The table with one row replaced and judged anew, and that row."""
+        place, price = rows.index(old), self.price(rows)
+        changed = [*rows[:place], new, *rows[place + 1 :]]
+        judged = evaluate(changed, self.objective, price)
+        return judged, judged[place]
+
+    def horizon(self, rows: Sequence[Row]) -> Row | None:
+        """The row whose horizon is taken, or ``None`` where nothing is feasible."""
+        try:
+            return choose_horizon(rows, self.objective, self.price(rows))
+        except InfeasibleError:
+            return None
 
 
 def choose_horizon(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row:
@@ -88,10 +140,3 @@ def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost
 def find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
     """The row of a horizon and stride that recomputes nothing."""
     return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, 0))
-
-
-def swapped(rows: Sequence[Row], old: Row, new: Row, objective: Objective, cost: Cost) -> tuple[tuple[Row, ...], Row]:
-    """The table with one row replaced and judged anew, and that row."""
-    place = rows.index(old)
-    judged = evaluate([*rows[:place], new, *rows[place + 1 :]], objective, cost)
-    return judged, judged[place]

@@ -1,8 +1,9 @@
 """A plan in plain words: the table as text, the choice, what else there was, and what to distrust."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from horizonplan.cost import Cost, describe
+from horizonplan.horizons import HeldOut
 from horizonplan.objective import Objective
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes, format_count, format_seconds
@@ -61,6 +62,26 @@ def explain(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, 
     paragraphs += _beaten(rows, chosen)
     paragraphs += [f"Note: {note}" for note in notes]
     return "\n\n".join(paragraphs)
+
+
+def probing_in_words(steps: Mapping[str, float], seconds: float) -> str:
+    """What probing cost, in steps of back-propagation, stage by stage."""
+    stages = ", ".join(f"{stage} {price:.0f}" for stage, price in steps.items())
+    return f"Probing took {format_seconds(seconds)}, in steps of back-propagation: {stages}."
+
+
+def tested_in_words(held_out: Sequence[HeldOut], verified: bool) -> str:
+    """Whether what was predicted of a held-out horizon came out."""
+    if not held_out:
+        return "Verified: every horizon was measured." if verified else "Not verified: nothing was measured."
+    shown = {"memory": format_bytes, "cosine": "{:.3f}".format}
+    tests = [
+        f"{test.quantity} {shown[test.quantity](test.measured)} "
+        f"{'in' if test.ok else 'outside'} {shown[test.quantity](test.low)}..{shown[test.quantity](test.high)}"
+        for test in held_out
+    ]
+    word = "Verified" if verified else "Not verified"
+    return f"{word}: h={held_out[0].horizon} was predicted first and measured then: {', '.join(tests)}."
 
 
 def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> str:

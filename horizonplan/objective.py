@@ -16,6 +16,7 @@ from horizonplan.cost import Cost, as_cost
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes, parse_bytes
 
+_TOO_LARGE = ", more than the device has"
 _RATE_TOLERANCE = 1e-12  # so that a rate of exactly 1 - epsilon, computed in another way, counts as reached
 
 
@@ -226,11 +227,12 @@ more horizons and batches
         raise ValueError("rows hold references only; give at least one Row with reference=False")
     if feasible := [row for row in candidates if row.feasible]:
         return min(feasible, key=_rank)
-    nearest = min(candidates, key=lambda row: (_shortfall(row, objective), *_rank(row)))
+    nearest = min(candidates, key=lambda row: (row.fits is False, _shortfall(row, objective), *_rank(row)))
     rate = "unknown" if nearest.rate is None else f"{nearest.rate:.4g}"
     raise InfeasibleError(
         f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
-        f"{nearest.stride}, has rate {rate} and needs {format_bytes(nearest.memory_bytes)}: {objective.remedy}",
+        f"{nearest.stride}, has rate {rate} and needs {format_bytes(nearest.device_bytes or nearest.memory_bytes)}"
+        f"{_TOO_LARGE if nearest.fits is False else ''}: {objective.remedy}",
         nearest,
     )
 
@@ -240,12 +242,15 @@ def _evaluated(row: Row, objective: Objective, cost: float) -> Row:
         raise ValueError(f"cost returned {cost} for {row.memory_bytes} bytes; let it return a finite price")
     row = replace(row, cost=cost)
     value = objective.value(row.rate, cost, row.memory_bytes, row.horizon)
-    return replace(row, objective=value, feasible=value is not None and _shortfall(row, objective) == 0.0)
+    met = value is not None and row.fits is not False and _shortfall(row, objective) == 0.0
+    return replace(row, objective=value, feasible=met)
 
 
 def _shortfall(row: Row, objective: Objective) -> float:
+    """How far a constraint is missed; what the *device* needs counts against a limit, not the tensors alone."""
     assert row.cost is not None  # evaluate() has filled it in
-    return objective.shortfall(row.rate, row.cost, row.memory_bytes, row.horizon)
+    needed = row.memory_bytes if row.device_bytes is None else row.device_bytes
+    return objective.shortfall(row.rate, row.cost, needed, row.horizon)
 
 
 def _rank(row: Row) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from horizonplan.candidates import schedule_of
 from horizonplan.chain import Chain
 from horizonplan.cost import Cost
 from horizonplan.curves import Curve
-from horizonplan.explain import explain, text_table
+from horizonplan.explain import explain, probing_in_words, tested_in_words, text_table
 from horizonplan.gradient import horizon_backward
+from horizonplan.horizons import HeldOut
 from horizonplan.objective import Objective
 from horizonplan.projection import Projection
 from horizonplan.rows import Row
@@ -42,6 +43,7 @@ class Plan:
         blocks: how the blocks were given: ``None`` (found), a pattern, or a list of names.
         notes: what a user should know before relying on the plan.
         provenance: how the numbers were made: versions, device, batches, optimiser, what probing cost.
+        held_out: one more horizon than the fits were made from, predicted first and then measured.
     """
 
     row: Row
@@ -54,6 +56,17 @@ class Plan:
     blocks: str | tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    held_out: tuple[HeldOut, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        """Whether the held-out measurements came out as predicted, or every horizon was measured.
+
+        A plan of which nothing was measured is not verified.
+        """
+        if self.held_out:
+            return all(test.ok for test in self.held_out)
+        return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and not row.recompute)
 
     @property
     def horizon(self) -> int:
@@ -106,7 +119,10 @@ class Plan:
         known = self.provenance
         how = f"Measured with {known['optimizer']} on {known['device']}, tensors of a batch: " if known else ""
         how += ", ".join(str(tuple(shape)) for shape, _ in known["batch"]) + "." if known else ""
-        return explain(self.rows, self.row, self.objective, self.cost, (*([how] if how else []), *self.notes))
+        if "probing_steps" in known:
+            how += " " + probing_in_words(known["probing_steps"], known["probing_seconds"])
+        told = [*([how] if how else []), tested_in_words(self.held_out, self.verified), *self.notes]
+        return explain(self.rows, self.row, self.objective, self.cost, told)
 
     def table(self) -> str:
         """The table alone."""
@@ -135,6 +151,8 @@ class Plan:
             "blocks": list(self.blocks) if isinstance(self.blocks, tuple) else self.blocks,
             "notes": list(self.notes),
             "provenance": dict(self.provenance),
+            "held_out": [asdict(test) for test in self.held_out],
+            "verified": self.verified,
         }
 
     @classmethod
@@ -165,6 +183,7 @@ class Plan:
                 blocks=tuple(blocks) if isinstance(blocks, list) else blocks,
                 notes=tuple(data["notes"]),
                 provenance=data["provenance"],
+                held_out=tuple(HeldOut(**test) for test in data.get("held_out", ())),
             )
             plan.schedule  # noqa: B018 - a choice that is no schedule is no plan
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

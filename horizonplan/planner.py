@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import math
-import platform
+import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, signature, take
-from horizonplan.candidates import table, with_derived_rate, with_memory, with_rates
+from horizonplan.candidates import Room, with_cosine, with_derived_rate, with_memory, with_rates
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
-from horizonplan.choice import NO_FALL, choose_horizon, choose_stride, find, pairs_at, shortfall_notes, swapped
-from horizonplan.cost import Cost, as_cost
-from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
-from horizonplan.objective import AccuracyConstraint, Objective, evaluate
+from horizonplan.choice import NO_FALL, Judge, choose_horizon, choose_stride, find, pairs_at, shortfall_notes
+from horizonplan.cost import Cost
+from horizonplan.devices import ASSUMED, Calibration, Card, parse_device
+from horizonplan.forecast import CosineFrom, forecast
+from horizonplan.horizons import first_horizons
+from horizonplan.objective import AccuracyConstraint, Objective
 from horizonplan.plan import Plan
-from horizonplan.probes.memory import Stride, largest, stride_of
+from horizonplan.probes.budget import Budget, available_bytes
+from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.nvml import FALLBACKS, read
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
+from horizonplan.probing import Probing, counted_chain
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
+from horizonplan.provenance import circumstances, measurements
 from horizonplan.rows import Row
+from horizonplan.settle import Settled, settle
 
-FEWEST_HORIZONS = 4
+logger = logging.getLogger("horizonplan")
+
 DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
 
 
@@ -53,14 +60,22 @@ def plan_horizon(
     seed: int = 0,
     progress: Progress = None,
     projection: Projection | None = None,
+    memory: str = "allocated",
+    probe_steps: float = 60,
+    cosine_from: CosineFrom | None = None,
+    calibration: Calibration = ASSUMED,
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
     Algorithm 1 of "Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive
     Control": memory and cosine are measured at a few horizons and fitted, and brute force picks h.
     Beyond the paper, memory at the other horizons is predicted by folding the schedule over a profile,
-    and at the chosen h short real runs choose the stride. Measurements are made in train mode; model,
-    optimiser, random state and mode are left bit for bit as they were.
+    further horizons are measured where they may change the choice, one of them is predicted first to
+    test the fits, and at the chosen h short real runs choose the stride. Measurements are made in train
+    mode; model, optimiser, random state and mode are left bit for bit as they were.
+
+    Back-propagation need not fit the device: its gradient, which the cosine needs, is then computed with
+    activation checkpointing, or in micro-batches, and the plan says so.
 
     Args:
         model: any module whose blocks run one after another; see :meth:`horizonplan.Chain.from_model`.
@@ -73,141 +88,170 @@ def plan_horizon(
         candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
         strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
         rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2.
-        horizons: where to measure; ``None``: at least four, spread over 1..T.
+        horizons: where to measure first; ``None``: four, spread over 1..T.
         batches: batches for the cosine; memory and time are measured on the largest of them.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
-        device: where to measure; ``None``: where the model is.
+        device: where to measure; ``None``: where the model is. ``"emulated:40MiB"``: on the CPU, which runs
+            out of memory as a card of that size would. ``"simulated:24GiB"``: a CUDA card that is not there;
+            bytes are predicted, the model may be on ``meta``, and nothing is measured.
         seed: of everything random; the same seed gives the same choice, bytes and cosines.
         progress: ``None``: a line a stage on a terminal; ``True``/``False``; or ``callable(message, done, total)``.
         projection: ``(state, shape) -> tensor`` for states of other shapes than x(T).
+        memory: ``"allocated"``: bytes of tensors; ``"nvml"``: what the device needs, as the driver counts.
+        probe_steps: how much probing may cost, in steps of back-propagation, short runs apart.
+        cosine_from: for a simulated device: where cosines come from. A :class:`Plan` that was measured, or a
+            reduced model (or a pair of model and data) to measure; by the part h/T of the depth.
+        calibration: for a simulated device: what its context, libraries and allocator take.
 
     Raises:
         InfeasibleError: no candidate meets the objective; ``.nearest`` is the row that misses it by least.
         ChainError: the model is no chain.
+        torch.OutOfMemoryError: not even one block at a time fits the device.
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
-    _check(candidates, strides, rollout_steps, batches, objective)
+    _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
     refuse_wrappers(model)
-    loader = as_loader(data, shuffle=True, seed=seed)
-    report, started = reporter(progress, total=5), time.perf_counter()
-    with _moved(model, device) as place, _seeded(seed, model, loader), training_mode(model):
+    card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
+    how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
+    room = Room(as_memory=memory == "nvml")
+    judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
+    if card is not None and card.kind == "simulated":
+        with _seeded(seed, model, loader):
+            return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
+    if cosine_from is not None:
+        raise ValueError("cosine_from is for simulated devices: on this one cosines are measured; leave it out.")
+    report, started = reporter(progress, total=4), time.perf_counter()
+    with (
+        _moved(model, card, device) as place,
+        _seeded(seed, model, loader),
+        training_mode(model),
+        nullcontext() if card is None else Budget(card.memory_bytes) as budget,
+    ):
         sample = take(loader, batches, place)
-        chain = Chain.from_model(model, sample[0], blocks, loss, compute_loss, projection)
-        places = _horizons(horizons, chain.depth)
+        if budget is not None:
+            budget.hold(list(model.parameters()), list(model.buffers()), sample)
+        limit = available_bytes(place) if budget is None else budget.limit_bytes
+
+        def make() -> Chain:
+            chain = Chain.from_model(model, sample[0], **how)
+            for number, batch in enumerate(sample):
+                chain.check(batch, f"batch {number}")
+            return chain
+
+        if memory == "nvml" and (seen := read(place)).used_bytes is None and seen.process_bytes is None:
+            raise ValueError(f"memory='nvml': {FALLBACKS[seen.fallback or 'other']}; give memory='allocated'.")
+        chain, flops = counted_chain(make)
+        places = first_horizons(horizons, chain.depth)
         for stride in strides:
             stride_of(stride, chain.depth)
-        for number, batch in enumerate(sample):
-            chain.check(batch, f"batch {number}")
-
         report(f"profile {chain.depth} blocks")
-        biggest = largest(sample)
-        profile = probes.profile(chain, biggest, optimizer)
-        report(f"memory at {len(places)} horizons")
-        samples = probes.memory(chain, [biggest], places, optimizer=optimizer)
-        report(f"cosine at {len(places)} horizons, {len(sample)} batches")
-        samples += probes.cosine(chain, sample, places, (1, "horizon") if "horizon" in strides else (1,))
-        curves, notes = _fit(samples, chain.depth)
-
-        rows = table(profile, samples, curves, strides, exact_may_win=candidates == "all")
-        price = as_cost(cost, _node_memory(rows, chain))
-        rows = evaluate(rows, objective, price)
-        chosen = choose_horizon(rows, objective, price)
-
+        probing = Probing(chain, sample, optimizer, limit, flops)
+        report(f"memory and cosine at {len(places)} horizons")
+        judge = replace(judge, node_bytes=_node_bytes(place, card))
+        found = settle(probing, judge, places, probe_steps)
+        chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
         report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
-        rolled: list[Sample] = []
-        if chosen.horizon < chain.depth:
-            pairs = pairs_at(chosen.horizon, strides)
-            if not any(stride == "horizon" or stride == s for stride in strides for _, s in pairs):
-                notes.append(f"None of strides={tuple(strides)} fits h={chosen.horizon}; stride 1 was taken.")
-            if rollout_steps:
-                order = take(loader, rollout_steps)
-                rolled = probes.rollout(chain, order, pairs, rollout_steps, optimizer, seed)
-            if any(s.detail["exact_fell"] for s in rolled):
-                rows = evaluate(with_rates(rows, rolled), objective, price)
-                chosen, more = choose_stride(rows, pairs, objective, price)
-                notes += more
-            else:
-                notes += [NO_FALL] if rolled else []
-                chosen = find(rows, *pairs[0])
-                derived = with_derived_rate(chosen, probes.cosine(chain, sample, *([n] for n in pairs[0])))
-                rows, chosen = swapped(rows, chosen, derived, objective, price)
-
+        order = take(loader, rollout_steps) if rollout_steps else []
+        rows, chosen, more, rolled = _with_stride(probing, found, chosen, order, seed)
         report("memory of the choice")
         if chosen.memory_source != "measured":
-            where = [chosen.horizon], [chosen.stride]
-            measured = probes.memory(chain, [biggest], *where, optimizer=optimizer, recompute=chosen.recompute)[0]
-            rows, chosen = swapped(rows, chosen, with_memory(chosen, measured), objective, price)
+            pair = (chosen.horizon, chosen.stride)
+            for measured in probing.memory([pair], chosen.recompute):
+                held = found.judge.room.holds(with_memory(chosen, measured))
+                rows, chosen = found.judge.swapped(rows, chosen, held)
         report(None)
-        return Plan(
-            row=chosen,
-            rows=rows,
-            depth=chain.depth,
-            objective=objective,
-            cost=price,
-            curves=curves,
-            block_names=chain.names,
-            blocks=blocks if blocks is None or isinstance(blocks, str) else tuple(blocks),
-            notes=(*notes, *shortfall_notes(rows, chosen, objective, price)),
-            provenance={
-                **_circumstances(chain, biggest, optimizer, seed),
-                **_measurements(samples, rolled),
-                "probing_seconds": time.perf_counter() - started,
-            },
-        )
+    price = found.judge.price(rows)
+    notes = (*_varying(sample), *found.notes, *more, *probing.notes(), *shortfall_notes(rows, chosen, objective, price))
+    spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
+    logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)
+    return Plan(
+        row=chosen,
+        rows=rows,
+        depth=chain.depth,
+        objective=objective,
+        cost=price,
+        curves=found.curves,
+        block_names=chain.names,
+        blocks=blocks if blocks is None or isinstance(blocks, str) else tuple(blocks),
+        notes=notes,
+        provenance={
+            **circumstances(chain, probing.biggest, optimizer, seed, str(device if card else place)),
+            **measurements(probing.samples, rolled),
+            "probing_steps": spent,
+            "probing_seconds": seconds,
+        },
+        held_out=found.held_out,
+    )
 
 
-def _check(candidates: str, strides: Sequence[Stride], rollout_steps: int, batches: int, objective: Objective) -> None:
-    if candidates not in ("horizons", "all"):
-        raise ValueError(f"candidates={candidates!r}: give 'horizons' or 'all'.")
+def _check(
+    candidates: str,
+    strides: Sequence[Stride],
+    rollout_steps: int,
+    batches: int,
+    objective: Objective,
+    memory: str,
+    probe_steps: float,
+) -> None:
+    for name, value, known in (
+        ("candidates", candidates, ("horizons", "all")),
+        ("memory", memory, ("allocated", "nvml")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: give {known[0]!r} or {known[1]!r}.")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective={objective!r}: give AccuracyConstraint, Weighted, MemoryLimit or an Objective.")
     if isinstance(strides, str) or not isinstance(strides, Sequence) or not strides:
         raise ValueError(f"strides={strides!r}: give a non-empty sequence such as (1, 'horizon').")
-    for name, value, least in (("rollout_steps", rollout_steps, 0), ("batches", batches, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: give a whole number >= {least}.")
+    for name, count, least in (("rollout_steps", rollout_steps, 0), ("batches", batches, 1)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}={count!r}: give a whole number >= {least}.")
+    if isinstance(probe_steps, bool) or not isinstance(probe_steps, int | float) or not probe_steps >= 0:
+        raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
 
 
-def _horizons(horizons: Sequence[int] | None, depth: int) -> list[int]:
-    if horizons is None:
-        count = min(depth, FEWEST_HORIZONS + 1)
-        return sorted({round(1 + i * (depth - 1) / max(1, count - 1)) for i in range(count)})
-    places = list(horizons) if isinstance(horizons, Sequence) else []
-    if not places or any(isinstance(h, bool) or not isinstance(h, int) or not 1 <= h <= depth for h in places):
-        raise ValueError(f"horizons={horizons!r}: give whole numbers between 1 and {depth}, the number of blocks.")
-    return sorted(set(places))
+def _with_stride(
+    probing: Probing, found: Settled, chosen: Row, order: Sequence[Any], seed: int
+) -> tuple[tuple[Row, ...], Row, list[str], list[Sample]]:
+    """The table and the choice after short real runs at the chosen horizon, notes, and what the runs found."""
+    judge, rows, notes = found.judge, found.rows, []
+    if chosen.horizon == probing.chain.depth:
+        return rows, chosen, [], []
+    pairs = pairs_at(chosen.horizon, judge.strides)
+    if not any(stride == "horizon" or stride == s for stride in judge.strides for _, s in pairs):
+        notes.append(f"None of strides={judge.strides} fits h={chosen.horizon}; stride 1 was taken.")
+    wanted = [pair for pair in (pairs if order else pairs[:1]) if find(rows, *pair).cosine_source != "measured"]
+    for sample in probing.cosine(wanted, "short runs" if order else "cosine"):
+        row = find(rows, sample.horizon, sample.stride)
+        rows, _ = judge.swapped(rows, row, with_cosine(row, sample))
+    rolled = probing.rollout(order, pairs, len(order), seed) if order else []
+    if any(s.detail["exact_fell"] for s in rolled):
+        rows = judge.judged(with_rates(rows, rolled))
+        chosen, more = choose_stride(rows, pairs, judge.objective, judge.price(rows))
+        return rows, chosen, notes + more, rolled
+    notes += [NO_FALL] if rolled else []
+    row = find(rows, *pairs[0])
+    rows, chosen = judge.swapped(rows, row, with_derived_rate(row))
+    return rows, chosen, notes, rolled
 
 
-def _fit(samples: Iterable[Sample], depth: int) -> tuple[dict[str, Curve], list[str]]:
-    """The paper's polynomials (Eq. 15 and 16); a poor cosine is warned of, and both are noted."""
-    memory = [(s.horizon, s.value) for s in samples if s.quantity == "memory" and s.stride == 1]
-    cosines = [
-        (s.horizon, c) for s in samples if s.quantity == "cosine" and s.stride == 1 for c in s.detail["per_batch"]
-    ]
-    if depth == 1:
-        return {}, []
-    if len({h for h, _ in memory}) < 2:
-        return {}, ["Only one horizon was measured: nothing is fitted, and rates at other horizons are unknown."]
-    notes = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PoorFitWarning)
-        curves = {
-            "memory": fit_memory([h for h, _ in memory], [m for _, m in memory]),
-            "cosine": fit_cosine([h for h, _ in cosines], [c for _, c in cosines], depth),
-        }
-    for warning in caught:
-        if "memory" in str(warning.message):
-            notes.append(f"The paper's line for M(h): {warning.message}. The table does not use it.")
-        else:
-            notes.append(str(warning.message))
-            warnings.warn(warning.message, PoorFitWarning, stacklevel=3)
-    return curves, notes
+def _varying(sample: Sequence[Any]) -> list[str]:
+    """A warning, and a note, where batches differ in shape: memory is that of the largest *seen*."""
+    shapes = {tuple(shape[1:] for shape, _ in signature(batch)) for batch in sample}
+    if len(shapes) < 2:
+        return []
+    note = (
+        f"The first {len(sample)} batches have samples of {len(shapes)} different shapes: memory was measured on the "
+        "largest of them, and a larger batch needs more. Plan with the largest batch you will train on."
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return [note]
 
 
-def _node_memory(rows: Iterable[Row], chain: Chain) -> int:
-    if chain.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(chain.device).total_memory)
-    return find(rows, chain.depth, 1).memory_bytes
+def _node_bytes(place: torch.device, card: Card | None) -> int | None:
+    if card is not None:
+        return card.memory_bytes
+    return int(torch.cuda.get_device_properties(place).total_memory) if place.type == "cuda" else None
 
 
 @contextmanager
@@ -225,10 +269,10 @@ def _seeded(seed: int, model: nn.Module, loader: Iterable[Any]) -> Iterator[None
 
 
 @contextmanager
-def _moved(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """The model on the device to measure on, and back afterwards."""
+def _moved(model: nn.Module, card: Card | None, device: str | torch.device | None) -> Iterator[torch.device]:
+    """The model on the device to measure on (an emulated card is the CPU), and back afterwards."""
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
-    there = here if device is None else as_device(device)
+    there = as_device("cpu") if card is not None else here if device is None else as_device(device)
     try:
         if there != here:
             model.to(there)
@@ -236,32 +280,3 @@ def _moved(model: nn.Module, device: str | torch.device | None) -> Iterator[torc
     finally:
         if there != here:
             model.to(here)
-
-
-def _circumstances(chain: Chain, batch: Any, optimizer: Optimize | None, seed: int) -> dict[str, Any]:
-    made = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer or torch.optim.AdamW
-    return {
-        "model": type(chain.model).__name__,
-        "device": str(chain.device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "batch": [[list(shape), str(dtype)] for shape, dtype in signature(batch)],
-        "optimizer": getattr(made, "__name__", type(made).__name__),
-        "seed": seed,
-    }
-
-
-def _measurements(samples: Sequence[Sample], rolled: Sequence[Sample]) -> dict[str, Any]:
-    cosines = [s for s in samples if s.quantity == "cosine"]
-    return {
-        "measured_horizons": sorted({s.horizon for s in samples}),
-        "memory": [[s.horizon, s.stride, s.value] for s in samples if s.quantity == "memory"],
-        "scale": [[s.horizon, s.stride, s.detail["scale"]] for s in cosines],
-        "cosine_per_block": [[s.horizon, s.stride, list(s.detail["per_block"])] for s in cosines],
-        "rollouts": [[s.horizon, s.stride, {k: _finite(v) for k, v in s.detail.items()}] for s in rolled],
-    }
-
-
-def _finite(value: Any) -> Any:
-    """A diverged run's loss is NaN, which JSON does not know."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,9 @@ class Row:
         memory_bytes: Peak bytes M of one step at steady state.
         memory_source: Where ``memory_bytes`` comes from.
         nvml_bytes: Peak bytes of the whole process as the driver counts them.
+        device_bytes: What the device must have for it: ``nvml_bytes`` where measured, else ``memory_bytes`` and a
+            margin; on a device without a context of its own the same as ``memory_bytes``.
+        fits: Whether the device planned for has that much; None where it has no limit.
         cosine: Cosine between this gradient and that of back-propagation, in [-1, 1].
         cosine_stderr: Standard error of ``cosine``.
         cosine_source: Where ``cosine`` comes from.
@@ -56,6 +59,8 @@ class Row:
     memory_bytes: int
     memory_source: Source = "unmeasured"
     nvml_bytes: int | None = None
+    device_bytes: int | None = None
+    fits: bool | None = None
     cosine: float | None = None
     cosine_stderr: float | None = None
     cosine_source: Source = "unmeasured"

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import horizonplan as hp
-from horizonplan import planner
 from horizonplan.probes import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::horizonplan.PoorFitWarning")
@@ -108,7 +107,8 @@ def test_costs_are_the_cost_function_s_of_the_row_s_memory():
 
 
 def test_the_table_has_every_row_of_the_contract():
-    rows = planned(horizons=[1, 2, 4, 5]).rows
+    plan = planned(horizons=[1, 2, 4, 5])
+    rows, h = plan.rows, plan.horizon
     keys = [(row.horizon, row.stride, row.recompute) for row in rows]
     assert len(set(keys)) == len(keys)
     assert set(keys) == {
@@ -120,19 +120,17 @@ def test_the_table_has_every_row_of_the_contract():
     assert {(r.horizon, r.recompute) for r in rows if r.reference} == {(DEPTH, 1), (DEPTH, 2)}
     for row in rows:
         assert row.memory_bytes > 0
-        assert row.memory_source == ("measured" if row.stride == 1 and row.horizon != 3 and not row.recompute else
-                                     "predicted")  # fmt: skip
+        assert row.memory_source == ("measured" if row.stride == 1 and not row.recompute else "predicted")
         assert row.step_seconds > 0
         assert row.step_seconds_source == "predicted"
         assert row.flops > 0
     by_key = dict(zip(keys, rows, strict=True))
-    assert [by_key[h, 1, 0].cosine_source for h in range(1, 6)] == [
-        "measured", "measured", "fitted", "measured", "derived",
-    ]  # fmt: skip
+    assert [by_key[h, 1, 0].cosine_source for h in range(1, 6)] == [*["measured"] * 4, "derived"]
+    assert (plan.held_out[0].horizon, plan.curves["cosine"].horizons) == (3, (*[1] * 4, *[2] * 4, *[4] * 4, *[5] * 4))
     assert all(by_key[DEPTH, 1, k].cosine == by_key[DEPTH, 1, k].rate == 1 for k in (0, 1, 2))
     assert all(by_key[h, 1, 0].rate == by_key[h, 1, 0].cosine ** 2 for h in range(1, 5))
-    assert [by_key[h, h, 0].cosine_source for h in range(2, 5)] == ["measured", "unmeasured", "measured"]
-    assert by_key[3, 3, 0].rate is None
+    for other in set(range(2, DEPTH)) - {h}:
+        assert (by_key[other, other, 0].cosine_source, by_key[other, other, 0].rate) == ("unmeasured", None)
 
 
 def test_measured_numbers_are_the_probes_own():
@@ -140,7 +138,9 @@ def test_measured_numbers_are_the_probes_own():
     plan = planned(model, data)
     chain = hp.Chain.from_model(model, data[0])
     memory = hp.probes.memory(chain, data[:4], range(1, 6))
-    cosine = hp.probes.cosine(chain, data[:4], range(1, 5), (1, "horizon"))
+    cosine = hp.probes.cosine(chain, data[:4], range(1, 5))
+    if plan.horizon < DEPTH:  # at the choice, that of disjoint windows too
+        cosine += hp.probes.cosine(chain, data[:4], [plan.horizon], ["horizon"])
     rows = {(row.horizon, row.stride): row for row in plan.rows if not row.recompute}
     assert [rows[s.horizon, s.stride].memory_bytes for s in memory] == [s.value for s in memory]
     assert [rows[s.horizon, s.stride].cosine for s in cosine] == [s.value for s in cosine]
@@ -152,7 +152,8 @@ def test_where_to_measure_by_default():
         1, 2, 3, 4, 5,
     ]  # fmt: skip
     deep = planned(*task(depth=13), horizons=None)
-    assert deep.provenance["measured_horizons"] == [1, 4, 7, 10, 13]
+    assert {1, 5, 9, 13} < set(deep.provenance["measured_horizons"])
+    assert deep.held_out[0].horizon in set(deep.provenance["measured_horizons"]) - {1, 5, 9, 13}
 
 
 def test_the_same_seed_gives_the_same_plan():
@@ -196,7 +197,7 @@ WEIGHTED = hp.Weighted(lam=1.0)  # takes h = 4 here
     ],
 )
 def test_the_better_rate_decides_between_strides(rates, expected, monkeypatch):
-    monkeypatch.setattr(planner.probes, "rollout", rollouts(rates))
+    monkeypatch.setattr(hp.probes, "rollout", rollouts(rates))
     plan = planned(objective=WEIGHTED, rollout_steps=5)
     assert 1 < plan.horizon < DEPTH
     assert plan.stride == (plan.horizon if expected == "horizon" else 1)
@@ -206,14 +207,14 @@ def test_the_better_rate_decides_between_strides(rates, expected, monkeypatch):
 @pytest.mark.parametrize("lost", [1, "horizon"])
 def test_a_stride_that_diverged_is_never_taken(lost, monkeypatch):
     rates = {1: 0.5, "horizon": 0.5, lost: math.nan}
-    monkeypatch.setattr(planner.probes, "rollout", rollouts(rates))
+    monkeypatch.setattr(hp.probes, "rollout", rollouts(rates))
     limit = next(row.memory_bytes for row in planned().rows if row.horizon == 3)
     plan = planned(objective=hp.MemoryLimit(limit), rollout_steps=5)
     assert (plan.horizon, plan.stride) == (3, 3 if lost == 1 else 1)
 
 
 def test_no_rate_at_all_is_noted_and_the_first_stride_taken(monkeypatch):
-    monkeypatch.setattr(planner.probes, "rollout", rollouts({1: math.nan, "horizon": math.nan}))
+    monkeypatch.setattr(hp.probes, "rollout", rollouts({1: math.nan, "horizon": math.nan}))
     for strides in ((1, "horizon"), ("horizon", 1)):
         plan = planned(objective=WEIGHTED, rollout_steps=5, strides=strides)
         assert plan.stride == (1 if strides[0] == 1 else plan.horizon)
@@ -229,7 +230,7 @@ def test_runs_in_which_back_propagation_does_not_learn_say_nothing_about_strides
 
 
 def test_a_measured_rate_below_what_was_asked_is_said_with_the_next_best(monkeypatch):
-    monkeypatch.setattr(planner.probes, "rollout", rollouts({1: 0.2, "horizon": 0.3}))
+    monkeypatch.setattr(hp.probes, "rollout", rollouts({1: 0.2, "horizon": 0.3}))
     plan = planned(objective=hp.AccuracyConstraint(0.6), rollout_steps=5)
     assert (plan.horizon < DEPTH, plan.row.feasible, plan.row.rate) == (True, False, 0.3)
     (note,) = (note for note in plan.notes if "misses the objective" in note)
@@ -428,10 +429,10 @@ def test_provenance_says_how_the_numbers_were_made():
     assert (told["model"], told["device"], told["seed"]) == ("ResidualMLP", "cpu", 4)
     assert told["torch"] == torch.__version__
     assert told["batch"] == [[[32, 4], "torch.float32"], [[32], "torch.int64"]]
-    assert told["measured_horizons"] == [1, 3, 4, 5]
+    assert told["measured_horizons"] == [1, 2, 3, 4, 5]  # h = 2 is held out
     assert {(h, s): m for h, s, m in told["memory"]} == {
         (r.horizon, r.stride): r.memory_bytes
         for r in plan.rows
-        if r.stride == 1 and r.horizon in (1, 3, 4, 5) and not r.recompute
+        if r.stride == 1 and not r.recompute
     }
     assert told["probing_seconds"] > 0

@@ -339,8 +339,8 @@ def test_a_rollout_without_a_rate_says_why():
     assert up.stderr is None
     assert up.detail["why"] == "back-propagation did not lower the loss in 4 steps"
 
-    def diverges(chain, batch, schedule, optimizer, real=probes.rate.step):
-        loss = real(chain, batch, schedule, optimizer)
+    def diverges(chain, batch, schedule, optimizer, *more, real=probes.rate.step):
+        loss = real(chain, batch, schedule, optimizer, *more)
         return loss if schedule == Schedule.exact(4) else loss * math.nan
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class Chain:
         names = tuple(f"blocks.{t}" for t in range(len(blocks)))
         found = Found(names, tuple(blocks))
         self._set(model, found, resolve_loss(compute_loss=compute), _composed_layout(model), projection)
+        self.recipe = partial(_recomposed, loss=loss, projection=projection)
 
     @classmethod
     def from_model(
@@ -132,9 +134,13 @@ class Chain:
             layout.shapes[signature(batch)] = record_shapes(model, found.blocks, found.names, run)
         chain = cls.__new__(cls)
         chain._set(model, found, compute, layout, projection)
+        how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
+        chain.recipe = partial(cls.from_model, **how)
         chain._check_head(batch)
         layout.first = None
         return chain
+
+    recipe: Callable[[nn.Module, Any], Chain]  # makes this chain again from a copy of the model and a batch
 
     def _set(
         self, model: nn.Module, found: Found, compute: ComputeLoss, layout: Layout, projection: Projection | None
@@ -148,6 +154,9 @@ class Chain:
         self._compute = compute
         self._projection = projection or project
         self._nan: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for p in self.model.parameters():  # made now, and not in the first step
+            if p.is_floating_point():
+                self.nan(p)
 
     def __repr__(self) -> str:
         return f"Chain({type(self.model).__name__}, depth={self.depth}, blocks={self.names[0]!r}..{self.names[-1]!r})"
@@ -313,6 +322,11 @@ class Chain:
                 if finite(loss := self.loss_at(state, batch, shapes.standins, needed, self.layout.outputs, passing))
                 is not None
             ]
+
+
+def _recomposed(model: _Composed, batch: Any, loss: LossFunction | None, projection: Projection | None) -> Chain:
+    """A chain built by hand, from a copy of its model."""
+    return Chain(model.stem, list(model.blocks), model.head, loss, projection)
 
 
 def _composed_layout(model: _Composed) -> Layout:

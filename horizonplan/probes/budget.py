@@ -20,7 +20,7 @@ from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.units import format_bytes
 
 
-class Budget(LiveBytes):
+class Budget(LiveBytes):  # type: ignore[no-untyped-call]
     """Raises ``torch.OutOfMemoryError`` inside its ``with`` block when live bytes exceed ``limit_bytes``.
 
     >>> with Budget(100) as budget:

@@ -6,6 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Cosines:
         for p in chain.parameters():
             p.grad = None
         set_random_state(chain, self.state)
-        schedule = Schedule(schedule.depth, schedule.windows, self.recompute(schedule))
+        schedule = replace(schedule, recompute=self.recompute(schedule))
         with scratch_buffers(chain.model.modules()):
             loss = gradient(chain, self.batches[number], schedule, self.micro_batches)
         if not torch.isfinite(loss):
@@ -162,7 +163,7 @@ def _dot(group: list[nn.Parameter], left: dict[nn.Parameter, Tensor], right: dic
 
 
 def _chunks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(left.reshape(-1).split(CHUNK), right.reshape(-1).split(CHUNK), strict=True)
+    return zip(*(torch.split(side.reshape(-1), CHUNK) for side in (left, right)), strict=True)
 
 
 def _angles(

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from horizonplan.batch import nbytes
+from horizonplan.batch import move, nbytes
 from horizonplan.chain import Chain
-from horizonplan.gradient import horizon_backward
+from horizonplan.chain.calls import training_mode
+from horizonplan.probes.budget import recover
+from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationError, isolated
 from horizonplan.probes.nvml import Reading, read, seen_bytes
+from horizonplan.probes.pieces import gradient
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
+from horizonplan.probes.steady import Optimize, make_state, optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes
 from horizonplan.schedule import Schedule
 
 Stride = int | str
+Value = TypeVar("Value")
+
+OUT_OF_MEMORY = "out of memory"
+WARM_STEPS, COUNTED_STEPS = 2, 3  # on CUDA: optimiser state and workspaces come with the first
+TIMEOUT_SECONDS = 600.0
 
 
 def stride_of(stride: Stride, horizon: int) -> int:
@@ -63,67 +74,129 @@ def memory(
     strides: Sequence[Stride] = (1,),
     optimizer: Optimize | None = None,
     recompute: int = 0,
+    in_children: bool | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[Sample]:
     """Measure M(h) on the largest of the batches (Eq. 11's left side, for any stride).
 
     On CPU the tracker's peak over a step (``zero_grad(set_to_none=True)``, backward, optimiser step)
     plus the bytes alive at its start (parameters, buffers, optimiser state, batch), exact and
-    repeatable. On CUDA ``max_memory_allocated``; the detail has NVML's bytes of the process
-    (``nvml_bytes``), how they were had (``nvml``) and what stood in the way (``nvml_fallback``).
+    repeatable. On CUDA ``max_memory_allocated`` of three steps after two, in a process of its own;
+    the detail has NVML's bytes of the process (``nvml_bytes``), how they were had (``nvml``) and what
+    stood in the way (``nvml_fallback``).
+
+    Running out of memory is a measurement: a sample of value NaN and source ``"out of memory"``. Larger
+    horizons of the same stride are then not tried, and have no sample. So it is with a child process
+    that was killed or took too long.
+
+    Args:
+        chain: the model, on the device to be measured.
+        batches: batches on that device.
+        horizons: horizons h.
+        strides: strides s at each of them.
+        optimizer: as for :func:`horizonplan.probes.profile`.
+        recompute: activation checkpointing every so many blocks.
+        in_children: measure each in a fresh process; ``None``: on CUDA. What cannot be handed to
+            another process is measured in this one, and ``detail["in_process"]`` says why.
+        timeout_seconds: limit for one such process.
 
     Returns:
-        One sample in bytes for each horizon and stride. The model is left bit for bit as it was.
+        One sample in bytes for each horizon and stride, by horizon. The model is left bit for bit as it was.
     """
-    batch, pairs = largest(batches), pairs_of(chain.depth, horizons, strides)
-    samples = []
+    batch, pairs = largest(batches), sorted(pairs_of(chain.depth, horizons, strides))
+    if in_children or (in_children is None and chain.device.type == "cuda"):
+        return _until_full(pairs, _in_children(chain, batch, optimizer, recompute, timeout_seconds))
     gc.collect()
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
-        for pair in pairs:
-            value, detail = _peak(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made)
-            samples.append(Sample("memory", "bytes", *pair, value, detail=detail))
-    return samples
+
+        def measure(pair: tuple[int, int]) -> Sample:
+            schedule = Schedule.horizon(chain.depth, *pair, recompute)
+            found, message = attempt(lambda: _peak(chain, batch, schedule, made), chain.device)
+            made.zero_grad(set_to_none=True)
+            if found is None:
+                return _out_of_memory(pair, str(message))
+            return Sample("memory", "bytes", *pair, found[0], detail=found[1])
+
+        return _until_full(pairs, measure)
 
 
-def step(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+def step(
+    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, micro_batches: int = 1
+) -> torch.Tensor:
     """One full training step; returns the terminal loss."""
     optimizer.zero_grad(set_to_none=True)
-    loss = horizon_backward(chain, batch, schedule)
+    loss = gradient(chain, batch, schedule, micro_batches)
     optimizer.step()
     return loss
 
 
+def attempt(call: Callable[[], Value], device: torch.device) -> tuple[Value | None, str | None]:
+    """What a call returns, or ``None`` and the message with which it ran out of memory."""
+    message = None
+    try:
+        return call(), None
+    except torch.OutOfMemoryError as error:
+        message = str(error)
+    recover(device)
+    return None, message
+
+
+def _until_full(pairs: Iterable[tuple[int, int]], measure: Callable[[tuple[int, int]], Sample]) -> list[Sample]:
+    """Measure in order; after one that does not fit, none of its stride."""
+    samples: list[Sample] = []
+    full: set[int] = set()
+    for pair in pairs:
+        if pair[1] not in full:
+            samples.append(measure(pair))
+            full |= {pair[1]} if math.isnan(samples[-1].value) else set()
+    return samples
+
+
+def _out_of_memory(pair: tuple[int, int], message: str, **detail: Any) -> Sample:
+    return Sample("memory", "bytes", *pair, math.nan, source=OUT_OF_MEMORY, detail={"message": message, **detail})
+
+
 def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    baseline = _baseline(chain.device)
-    step(chain, batch, schedule, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    if chain.device.type != "cuda":
-        base = standing_bytes(chain, optimizer, batch)
-        with LiveBytes() as tracker:
-            step(chain, batch, schedule, optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        return base + tracker.peak, {"how": "live storages", "base_bytes": base}
-    device = chain.device
-    step(chain, batch, schedule, optimizer)
+    if chain.device.type == "cuda":
+        return _peak_on_cuda(chain, batch, schedule, optimizer)
+    if not optimizer.state:
+        make_state(optimizer)
+    base = standing_bytes(chain, optimizer, batch)
+    with LiveBytes() as tracker:
+        step(chain, batch, schedule, optimizer)
+    return base + tracker.peak, {"how": "live storages", "base_bytes": base}
+
+
+def _peak_on_cuda(
+    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    device, baseline = chain.device, _baseline(chain.device)
+    for _ in range(WARM_STEPS):
+        step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step(chain, batch, schedule, optimizer)
+    before, retries = torch.cuda.memory_allocated(device), torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    for _ in range(COUNTED_STEPS):
+        step(chain, batch, schedule, optimizer)
     torch.cuda.synchronize(device)
     seen = read(device)
     nvml_bytes, how = seen_bytes(baseline, seen)
+    optimizer.zero_grad(set_to_none=True)
+    base = standing_bytes(chain, optimizer, batch)
     detail = {
         "how": "max_memory_allocated",
+        "base_bytes": base,
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "alloc_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0) - retries,
         "nvml_bytes": nvml_bytes,
         "nvml": how,
         "nvml_fallback": seen.fallback,
+        "used_bytes": seen.used_bytes,
     }
-    peak = standing_bytes(chain, optimizer, batch) + torch.cuda.max_memory_allocated(device) - before
-    optimizer.zero_grad(set_to_none=True)
-    return peak, detail
+    return base + torch.cuda.max_memory_allocated(device) - before, detail
 
 
 def _baseline(device: torch.device) -> Reading:
@@ -132,3 +205,77 @@ def _baseline(device: torch.device) -> Reading:
     if seen.used_bytes is None:
         return seen
     return replace(seen, used_bytes=seen.used_bytes - torch.cuda.memory_reserved(device))
+
+
+def _in_children(
+    chain: Chain, batch: Any, optimizer: Optimize | None, recompute: int, timeout_seconds: float
+) -> Callable[[tuple[int, int]], Sample]:
+    """A function that measures a (horizon, stride) in a fresh process, the device left free for it."""
+    device, cannot_travel = chain.device, ""
+
+    def in_process(pair: tuple[int, int]) -> Sample:
+        (sample,) = memory(chain, [batch], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
+        return replace(sample, detail={**sample.detail, "in_process": cannot_travel})
+
+    def measure(pair: tuple[int, int]) -> Sample:
+        nonlocal cannot_travel
+        if cannot_travel:  # a child may have run the whole main script before it failed: once is enough
+            return in_process(pair)
+        try:
+            with _parked(chain.model, device):
+                baseline = read(device)
+                data = move(batch, torch.device("cpu"))
+                given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute)
+                sample = isolated(_as_child, *given, timeout_seconds=timeout_seconds).value
+        except CannotTravel as error:
+            cannot_travel = " ".join(str(error).split())
+            return in_process(pair)
+        except IsolationError as error:
+            if isinstance(error, ChildFailed) and not error.out_of_memory:
+                raise
+            return _out_of_memory(pair, str(error))
+        return _since(baseline, sample)
+
+    return measure
+
+
+def _as_child(
+    model: nn.Module,
+    recipe: Callable[[nn.Module, Any], Chain],
+    batch: Any,
+    device: str,
+    pair: tuple[int, int],
+    optimizer: Optimize | None,
+    recompute: int,
+) -> Sample:
+    """What the fresh process does."""
+    place = torch.device(device)
+    model.to(place)
+    here = move(batch, place)
+    with training_mode(model):
+        chain = recipe(model, here)
+        (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
+    return sample
+
+
+def _since(before: Reading, sample: Sample) -> Sample:
+    """NVML's bytes of a child that hid its own: what the device used more than before the child began."""
+    used = sample.detail.get("used_bytes")
+    if sample.detail.get("nvml") in ("process", "driver peak") or used is None or before.used_bytes is None:
+        return sample
+    seen = {"nvml_bytes": used - before.used_bytes, "nvml": "device used minus baseline"}
+    return replace(sample, detail={**sample.detail, **seen})
+
+
+@contextmanager
+def _parked(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in the host's memory for a while, so that its device is free."""
+    if device.type != "cuda":
+        yield
+        return
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        model.to(device)

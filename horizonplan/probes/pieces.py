@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizonplan.batch import rows, split
+from horizonplan.batch import batch_size, split
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import quiet, training_mode
 from horizonplan.gradient import horizon_backward
@@ -23,10 +23,8 @@ def gradient(chain: Chain, batch: Any, schedule: Schedule, micro_batches: int = 
     """
     if micro_batches == 1:
         return horizon_backward(chain, batch, schedule)
-    count = rows(batch)
     total = torch.zeros((), device=chain.device)
-    for piece in split(batch, micro_batches):
-        share = rows(piece) / count
+    for piece, share in _pieces(batch, micro_batches):
         total = total + share * horizon_backward(chain, piece, schedule, scale=share)
     return total
 
@@ -46,10 +44,16 @@ def check_pieces(chain: Chain, batch: Any, micro_batches: int) -> None:
             )
     with quiet(chain.model), training_mode(chain.model, False), torch.no_grad():
         whole = chain.loss(batch).item()
-        count = rows(batch)
-        parts = sum(chain.loss(piece).item() * rows(piece) / count for piece in split(batch, micro_batches))
+        parts = sum(share * chain.loss(piece).item() for piece, share in _pieces(batch, micro_batches))
     if not math.isclose(whole, parts, rel_tol=1e-3, abs_tol=1e-6):
         raise ValueError(
             f"loss: {whole:.6g} on a batch, but {parts:.6g} as the mean over its {micro_batches} micro-batches; let it "
             "be a mean over samples, or give smaller batches."
         )
+
+
+def _pieces(batch: Any, micro_batches: int) -> list[tuple[Any, float]]:
+    """Micro-batches, each with its share of the samples."""
+    pieces = split(batch, micro_batches)
+    sizes = [batch_size(piece) or 0 for piece in pieces]
+    return [(piece, size / sum(sizes)) for piece, size in zip(pieces, sizes, strict=True)]

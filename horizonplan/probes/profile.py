@@ -49,7 +49,8 @@ class Profile:
     model does before it (the stem's graph, for block 0), ``arrival[t]`` those of its own input where
     that is not x(t), ``lasting[t]`` those that stay until the forward ends. ``gradients[g]`` lists
     (parameter, bytes) for group g: a block, HEAD or STEM. ``base_bytes`` counts parameters, buffers,
-    optimiser state and batch, ``update_bytes`` the optimiser step's peak over the gradients.
+    optimiser state and batch, ``update_bytes`` the optimiser step's peak over the gradients. ``spent_flops``
+    is what profiling itself took.
     """
 
     depth: int
@@ -69,13 +70,16 @@ class Profile:
     base_bytes: int = 0
     update_bytes: int = 0
     update_seconds: float = 0.0
+    spent_flops: int = 0
 
     def ops(self, schedule: Schedule) -> list[Op]:
         """The operations of a schedule on this model: what is frozen is left out."""
         return list(schedule.ops(self.stem_trains, self.trainable))
 
 
-def profile(chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats: int = 3) -> Profile:
+def profile(
+    chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats: int = 2, summed: bool = True
+) -> Profile:
     """Profile a chain on one batch; model, optimiser, random state and mode are left as they were.
 
     Args:
@@ -84,19 +88,30 @@ def profile(chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW. Its state and
             its step's temporaries count as part of a training step.
         repeats: timed drills, of which the medians are taken; 0 leaves the seconds empty.
+        summed: whether schedules are to be predicted in which several windows train one block, so that its
+            gradient is a sum. Horizons have none; without them profiling costs less.
     """
     gc.collect()
     with restored(chain):
-        execute(chain, batch, Schedule.horizon(chain.depth, 1).ops(chain.stem_trains, chain.trainable))
-        result = _measure_bytes(chain, batch)
+        with Flops() as counter:
+            execute(chain, batch, Schedule.horizon(chain.depth, 1).ops(chain.stem_trains, chain.trainable))
+            result = _measure_bytes(chain, batch, summed or bool(chain.layout.shared))
+        spent = counter.total
         times: dict[Key, list[float]] = defaultdict(list)
         for _ in range(repeats):
             for ops in (full_drill(chain, [True], [True]), plain_drill(chain)):
                 execute(chain, batch, ops, observer=_Clock(chain, times), gather=False)
                 clear(chain)
+                spent += _flops(ops, result.costs)
     medians = {key: statistics.median(values) for key, values in times.items()}
     with restored(chain, weights=True):
-        return replace(result, seconds=medians, **_update(chain, batch, optimizer, repeats))
+        return replace(result, seconds=medians, spent_flops=spent, **_update(chain, batch, optimizer, repeats))
+
+
+def _flops(ops: list[Op], costs: dict[Key, OpCost]) -> int:
+    """FLOPs of operations, whatever else their cost depends on."""
+    known = {key[:5] if key[0] == "pull" else key[:3]: cost.flops for key, cost in costs.items()}
+    return sum(known.get(key_of(op)[:5], 0) for op in ops if not isinstance(op, Drop))
 
 
 class _Clock(Driller):
@@ -246,9 +261,10 @@ def _observe(chain: Chain, batch: Any, ops: list[Op]) -> _Bytes:
     return observed
 
 
-def _measure_bytes(chain: Chain, batch: Any) -> Profile:
+def _measure_bytes(chain: Chain, batch: Any, summed: bool) -> Profile:
     depth = chain.depth
-    costs = dict(_observe(chain, batch, full_drill(chain, [True, False], [True, False])).costs)
+    freshes = [True, False] if summed else [True]
+    costs = dict(_observe(chain, batch, full_drill(chain, [True, False], freshes)).costs)
     full = _observe(chain, batch, full_drill(chain, [True], [True], rerun=False))
     plain = _observe(chain, batch, plain_drill(chain))
     for weights, wanted in ((True, True), (True, False), (False, True)):

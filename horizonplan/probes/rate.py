@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from horizonplan.batch import move
 from horizonplan.chain import Chain
+from horizonplan.probes.cosine import Recompute, never
 from horizonplan.probes.memory import step
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, seed_all, trainable
@@ -27,6 +29,8 @@ def rollout(
     optimizer: Optimize | None = None,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    recompute: Recompute = never,
+    micro_batches: int = 1,
 ) -> list[Sample]:
     """Train ``steps`` steps with back-propagation and with each (horizon, stride), from the same start.
 
@@ -44,6 +48,9 @@ def rollout(
         optimizer: as for :func:`horizonplan.probes.memory`; a fresh one for each run.
         seed: seed of torch's generator at each run's start.
         advance: called after each run, for progress.
+        recompute: activation checkpointing for a schedule, back-propagation's included: the same gradient in
+            less memory.
+        micro_batches: parts of a batch whose gradients are accumulated, in all runs alike.
 
     Returns:
         One sample per pair. Its value is NaN where r is undefined: the run diverged, or
@@ -61,10 +68,11 @@ def rollout(
 
     def run(pair: tuple[int, int]) -> list[float]:
         schedule = Schedule.horizon(chain.depth, *pair)
+        schedule = replace(schedule, recompute=recompute(schedule))
         with restored(chain, weights=True):
             seed_all(chain, seed)
             made = optimizer_for(trainable(chain), optimizer)
-            losses = [step(chain, move(batch, chain.device), schedule, made).item() for batch in order]
+            losses = [step(chain, move(batch, chain.device), schedule, made, micro_batches).item() for batch in order]
         advance()
         return losses[-tail:]
 

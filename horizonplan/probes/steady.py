@@ -40,6 +40,15 @@ def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) ->
     return made  # type: ignore[no-any-return]
 
 
+def make_state(optimizer: Optimizer) -> None:
+    """Let an optimiser make its state, as its first step does, by a step with zero gradients."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def check_optimizer(optimizer: object, parameters: list[nn.Parameter], given: object) -> None:
     """See that what was made of the argument ``given`` is an Optimizer over this model's parameters and no other's.
 
@@ -61,7 +70,8 @@ def check_optimizer(optimizer: object, parameters: list[nn.Parameter], given: ob
 def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
     """Bring buffers, gradients, random state and (``weights``) parameters back, whatever happens inside.
 
-    The copies are in the host's memory. Gradients start as ``None``, and post-accumulate hooks of the user's (a fused optimiser step, say) rest.
+    The copies are in the host's memory. Gradients start as ``None``, and post-accumulate hooks of the
+    user's (a fused optimiser step, say) rest.
     """
     model = chain.model
     rng = random_state(chain)

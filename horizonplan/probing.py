@@ -1,0 +1,180 @@
+"""What a plan measures on a model: within a limit of memory, and with the price of every measurement.
+
+Prices are in steps of back-propagation: FLOPs dispatched over those of one such step, as the profile
+counts them. So they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from horizonplan import probes
+from horizonplan.batch import batch_size
+from horizonplan.chain import Chain
+from horizonplan.frugal import Frugal
+from horizonplan.predict import step_flops
+from horizonplan.probes import Flops
+from horizonplan.probes.cosine import Cosines
+from horizonplan.probes.memory import COUNTED_STEPS, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
+from horizonplan.probes.sample import Sample
+from horizonplan.probes.steady import Optimize
+from horizonplan.schedule import Schedule
+
+
+class Probing:
+    """Measurements on one chain, kept together.
+
+    Args:
+        chain: the model, on the device to measure on.
+        batches: for the cosine; memory and time are measured on the largest of them.
+        optimizer: as for :func:`horizonplan.probes.profile`.
+        limit_bytes: what tensors may occupy on the device; ``None``: no limit.
+        chain_flops: what making the chain took.
+
+    Attributes:
+        samples: all that was measured.
+        spent: steps of back-propagation by stage.
+
+    Raises:
+        torch.OutOfMemoryError: not even one block at a time fits.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        batches: Sequence[Any],
+        optimizer: Optimize | None,
+        limit_bytes: int | None,
+        chain_flops: int = 0,
+    ) -> None:
+        self.chain, self.batches, self.optimizer = chain, batches, optimizer
+        self.biggest = largest(batches)
+        profile, message = attempt(lambda: probes.profile(chain, self.biggest, optimizer, summed=False), chain.device)
+        if profile is None:
+            raise torch.OutOfMemoryError(
+                f"{message}. Not even one block at a time fits: give smaller batches or a larger device."
+            )
+        self.profile = profile
+        self.frugal = Frugal(profile, limit_bytes)
+        self.samples: list[Sample] = []
+        self.cosines: Cosines | None = None
+        self.unknown: str | None = None
+        self.bp_flops = max(1, step_flops(Schedule.exact(chain.depth), profile))
+        self.spent = {"profile": (profile.spent_flops + chain_flops) / self.bp_flops, "memory": 0.0, "cosine": 0.0}
+
+    @property
+    def probed(self) -> float:
+        """Price of all probes, short runs apart."""
+        return sum(self.spent[stage] for stage in ("profile", "memory", "cosine"))
+
+    @property
+    def measured(self) -> set[int]:
+        """Horizons that were measured at stride 1, or found not to fit."""
+        return {s.horizon for s in self.samples if s.stride == 1}
+
+    @property
+    def full(self) -> list[Sample]:
+        """Where memory ran out."""
+        return [s for s in self.samples if s.source == OUT_OF_MEMORY]
+
+    def price(self, horizon: int) -> float:
+        """What measuring memory and cosine at a horizon would take."""
+        return self._memory_price([(horizon, 1)]) + self._cosine_price([(horizon, 1)])
+
+    def memory(self, pairs: Sequence[tuple[int, int]], recompute: int = 0) -> list[Sample]:
+        """Measure peak bytes; above a horizon that ran out of memory, nothing is tried."""
+        full = {s.stride: s.horizon for s in self.full if s.detail.get("recompute", 0) == recompute}
+        wanted = [(h, s) for h, s in pairs if h < full.get(s, math.inf)]
+        found = []
+        for stride in dict.fromkeys(s for _, s in wanted):
+            at = [h for h, s in wanted if s == stride]
+            self.spent["memory"] += self._memory_price([(h, stride) for h in at])
+            found += probes.memory(self.chain, [self.biggest], at, [stride], self.optimizer, recompute)
+        if not recompute:
+            self.samples += found
+        return found
+
+    def cosine(self, pairs: Sequence[tuple[int, int]], stage: str = "cosine") -> list[Sample]:
+        """Measure cosines; the exact gradient is had by recomputing or in parts where it does not fit as it is.
+
+        Where it cannot be had at all, ``unknown`` says why, and there are no samples.
+        """
+        if self.unknown:
+            return []
+        self.spent[stage] = self.spent.get(stage, 0.0) + self._cosine_price(pairs)
+        reason = ""
+        for way in self.frugal.levels(batch_size(self.biggest)):
+            try:
+                found, message = attempt(partial(self._cosine, pairs, way), self.chain.device)
+            except ValueError as error:
+                if way.micro_batches == 1:
+                    raise
+                reason = f"{reason}; {error}"
+                break
+            if found is not None:
+                self.samples += found
+                return found
+            reason, self.cosines = str(message), None
+        self.unknown = f"There is no exact gradient to compare with on this device: {reason}."
+        return []
+
+    def rollout(self, batches: Sequence[Any], pairs: Sequence[tuple[int, int]], steps: int, seed: int) -> list[Sample]:
+        """Short real runs, back-propagation among them."""
+        every = [(self.chain.depth, 1), *pairs]
+        self.spent.setdefault("short runs", 0.0)
+        self.spent["short runs"] += steps * sum(self._flops(pair) for pair in every) / self.bp_flops
+        for way in self.frugal.levels(batch_size(self.biggest)):
+            runs = partial(probes.rollout, self.chain, batches, pairs, steps, self.optimizer, seed)
+            if way.limit_bytes is not None:
+                runs = partial(runs, recompute=way.recompute, micro_batches=way.micro_batches)
+            found, _ = attempt(runs, self.chain.device)
+            if found is not None:
+                return found
+        return []
+
+    def notes(self) -> list[str]:
+        """What to tell about what did not fit."""
+        told = [self.frugal.note()] if self.cosines is not None else []
+        if self.full:
+            first = min(self.full, key=lambda s: s.horizon)
+            told.append(
+                f"Memory ran out at h={first.horizon}, stride {first.stride}: larger horizons were not tried, and "
+                "their bytes are predicted."
+            )
+        told += [self.unknown] if self.unknown else []
+        return [note for note in told if note]
+
+    def _cosine(self, pairs: Sequence[tuple[int, int]], way: Frugal) -> list[Sample]:
+        if self.cosines is None or way != self.frugal:
+            self.cosines = Cosines(self.chain, self.batches, way.recompute, way.micro_batches)
+        found = self.cosines.measure(pairs)
+        self.frugal = way
+        return found
+
+    def _flops(self, pair: tuple[int, int]) -> int:
+        schedule = self.frugal.schedule(Schedule.horizon(self.chain.depth, *pair))
+        return step_flops(schedule, self.profile)
+
+    def _memory_price(self, pairs: Sequence[tuple[int, int]]) -> float:
+        steps = [step_flops(Schedule.horizon(self.chain.depth, *pair), self.profile) for pair in pairs]
+        if self.chain.device.type == "cuda":
+            return (WARM_STEPS + COUNTED_STEPS) * sum(steps) / self.bp_flops
+        return sum(steps) / self.bp_flops
+
+    def _cosine_price(self, pairs: Iterable[tuple[int, int]]) -> float:
+        depth, count = self.chain.depth, len(self.batches)
+        kept = len(self.cosines.kept) if self.cosines is not None else 0
+        one = sum(self._flops(pair) for pair in pairs if pair[0] < depth)
+        return (count * one + (count - kept) * self._flops((depth, 1))) / self.bp_flops
+
+
+def counted_chain(make: Callable[[], Chain]) -> tuple[Chain, int]:
+    """A chain, and the FLOPs that making it took."""
+    with Flops() as counter:
+        chain = make()
+    return chain, counter.total
