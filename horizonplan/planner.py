@@ -152,7 +152,7 @@ def plan_horizon(
         chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
         report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
         order = take(loader, rollout_steps) if rollout_steps else []
-        rows, chosen, more, rolled = _with_stride(probing, found, chosen, order, seed)
+        rows, chosen, more, rolled = _with_stride(probing, found, chosen, order, rollout_steps, seed)
         report("memory of the choice")
         if chosen.memory_source != "measured":
             pair = (chosen.horizon, chosen.stride)
@@ -211,7 +211,7 @@ def _check(
 
 
 def _with_stride(
-    probing: Probing, found: Settled, chosen: Row, order: Sequence[Any], seed: int
+    probing: Probing, found: Settled, chosen: Row, order: Sequence[Any], steps: int, seed: int
 ) -> tuple[tuple[Row, ...], Row, list[str], list[Sample]]:
     """The table and the choice after short real runs at the chosen horizon, notes, and what the runs found."""
     judge, rows, notes = found.judge, found.rows, []
@@ -224,7 +224,7 @@ def _with_stride(
     for sample in probing.cosine(wanted, "short runs" if order else "cosine"):
         row = find(rows, sample.horizon, sample.stride)
         rows, _ = judge.swapped(rows, row, with_cosine(row, sample))
-    rolled = probing.rollout(order, pairs, len(order), seed) if order else []
+    rolled = probing.rollout(order, pairs, steps, seed) if order else []
     if any(s.detail["exact_fell"] for s in rolled):
         rows = judge.judged(with_rates(rows, rolled))
         chosen, more = choose_stride(rows, pairs, judge.objective, judge.price(rows))

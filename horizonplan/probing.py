@@ -164,7 +164,8 @@ class Probing:
         steps = [step_flops(Schedule.horizon(self.chain.depth, *pair), self.profile) for pair in pairs]
         if self.chain.device.type == "cuda":
             return (WARM_STEPS + COUNTED_STEPS) * sum(steps) / self.bp_flops
-        return sum(steps) / self.bp_flops
+        warm = step_flops(Schedule.horizon(self.chain.depth, 1), self.profile) if steps else 0
+        return (warm + sum(steps)) / self.bp_flops
 
     def _cosine_price(self, pairs: Iterable[tuple[int, int]]) -> float:
         depth, count = self.chain.depth, len(self.batches)

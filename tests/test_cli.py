@@ -148,7 +148,7 @@ def test_options_name_cost_horizons_candidates_and_strides():
     words = ["--unit-cost", "3", "--node-memory", "1MiB", "--ladder", "--horizons", "1,3,5", "--candidates", "all"]
     plan = json.loads(planned("--json", *words, "--strides", "2,horizon").stdout)
     assert plan["cost"] == {"kind": "ladder", "unit_cost": 3.0, "node_memory_bytes": 2**20}
-    assert plan["provenance"]["measured_horizons"] == [1, 3, 5]
+    assert plan["provenance"]["measured_horizons"] == [1, 2, 3, 5]  # h = 2 is held out
     assert not any(row["reference"] for row in plan["rows"])
     assert {row["stride"] for row in plan["rows"] if row["horizon"] == 4} == {1, 2, 4}
 

@@ -154,9 +154,6 @@ class Chain:
         self._compute = compute
         self._projection = projection or project
         self._nan: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for p in self.model.parameters():  # made now, and not in the first step
-            if p.is_floating_point():
-                self.nan(p)
 
     def __repr__(self) -> str:
         return f"Chain({type(self.model).__name__}, depth={self.depth}, blocks={self.names[0]!r}..{self.names[-1]!r})"

@@ -20,7 +20,7 @@ from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationErro
 from horizonplan.probes.nvml import Reading, read, seen_bytes
 from horizonplan.probes.pieces import gradient
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import Optimize, make_state, optimizer_for, restored, standing_bytes, trainable
+from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes
 from horizonplan.schedule import Schedule
 
@@ -109,10 +109,13 @@ def memory(
     gc.collect()
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
+        warm: Schedule | None = Schedule.horizon(chain.depth, 1)  # the cheapest; it brings all that outlives a step
 
         def measure(pair: tuple[int, int]) -> Sample:
+            nonlocal warm
             schedule = Schedule.horizon(chain.depth, *pair, recompute)
-            found, message = attempt(lambda: _peak(chain, batch, schedule, made), chain.device)
+            found, message = attempt(lambda: _peak(chain, batch, schedule, made, warm), chain.device)
+            warm = None
             made.zero_grad(set_to_none=True)
             if found is None:
                 return _out_of_memory(pair, str(message))
@@ -157,11 +160,14 @@ def _out_of_memory(pair: tuple[int, int], message: str, **detail: Any) -> Sample
     return Sample("memory", "bytes", *pair, math.nan, source=OUT_OF_MEMORY, detail={"message": message, **detail})
 
 
-def _peak(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def _peak(
+    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, warm: Schedule | None
+) -> tuple[int, dict[str, Any]]:
     if chain.device.type == "cuda":
         return _peak_on_cuda(chain, batch, schedule, optimizer)
-    if not optimizer.state:
-        make_state(optimizer)
+    if warm is not None:
+        step(chain, batch, warm, optimizer)
+        optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     with LiveBytes() as tracker:
         step(chain, batch, schedule, optimizer)
