@@ -6,10 +6,14 @@ from horizonplan import algorithms, probes
 from horizonplan.chain import Chain, ChainError
 from horizonplan.cost import LadderCost, LinearCost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
+from horizonplan.devices import Calibration
+from horizonplan.fits import Fits, Sweep, fits, sweep
 from horizonplan.gradient import horizon_backward
+from horizonplan.horizons import HeldOut
 from horizonplan.objective import AccuracyConstraint, InfeasibleError, MemoryLimit, Objective, Weighted, select
 from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
+from horizonplan.probes.simulation import SimulationError
 from horizonplan.rows import Row
 from horizonplan.schedule import Schedule, Window
 from horizonplan.training import Result, train
@@ -22,9 +26,12 @@ except PackageNotFoundError:  # running from a bare checkout
 
 __all__ = [
     "AccuracyConstraint",
+    "Calibration",
     "Chain",
     "ChainError",
     "Curve",
+    "Fits",
+    "HeldOut",
     "InfeasibleError",
     "LadderCost",
     "LinearCost",
@@ -36,15 +43,19 @@ __all__ = [
     "Result",
     "Row",
     "Schedule",
+    "SimulationError",
+    "Sweep",
     "Weighted",
     "Window",
     "algorithms",
     "fit_cosine",
     "fit_memory",
+    "fits",
     "horizon_backward",
     "plan_horizon",
     "probes",
     "select",
+    "sweep",
     "train",
     "verify",
 ]

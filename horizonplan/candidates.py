@@ -6,7 +6,7 @@ Stride 1 at every horizon is the paper's family, with back-propagation at h = T.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from horizonplan.curves import Curve
 from horizonplan.predict import step_bytes, step_flops, step_seconds
@@ -74,11 +74,13 @@ class Room:
 
     Attributes:
         limit_bytes: bytes that one process may have there; ``None``: no limit.
+        full: by stride, the smallest horizon at which memory ran out: from there on nothing fits.
         margin_bytes: what the device needs besides the bytes of tensors, from those; ``None``: nothing.
         as_memory: whether the table's memory is what the device needs, and not the bytes of tensors.
     """
 
     limit_bytes: int | None = None
+    full: Mapping[int, int] = field(default_factory=dict)
     margin_bytes: Callable[[int], int] | None = None
     as_memory: bool = False
 
@@ -89,6 +91,8 @@ class Room:
             needed = row.memory_bytes + self.margin_bytes(row.memory_bytes)
         least = row.memory_bytes if needed is None else needed
         fits = None if self.limit_bytes is None else least <= self.limit_bytes
+        if not row.recompute and row.horizon >= self.full.get(row.stride, math.inf):
+            fits = False
         return replace(row, device_bytes=needed, fits=fits, memory_bytes=least if self.as_memory else row.memory_bytes)
 
 

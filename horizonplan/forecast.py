@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from horizonplan.batch import as_loader, take
-from horizonplan.candidates import Room
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import training_mode
 from horizonplan.choice import Judge, choose_horizon, find, pairs_at, shortfall_notes
@@ -64,7 +63,7 @@ def forecast(
         told = circumstances(chain, biggest, optimizer, seed, f"simulated:{card.memory_bytes}")
     if curves:
         curves = {"cosine": _stretched(curves["cosine"], chain.depth)}
-    room = Room(card.memory_bytes, calibration.margin_bytes, judge.room.as_memory)
+    room = replace(judge.room, limit_bytes=card.memory_bytes, margin_bytes=calibration.margin_bytes)
     here = replace(judge, room=room, node_bytes=card.memory_bytes)
     rows = here.rows(costs, [], curves)
     if not curves and all(row.objective is None for row in rows if row.horizon < chain.depth):

@@ -95,7 +95,8 @@ def next_horizon(
     as a test of the fit.
     """
     known = set(measured)
-    left = [row.horizon for row in rows if row.stride == 1 and not row.recompute and row.horizon not in known]
+    open_rows = [row for row in rows if row.stride == 1 and not row.recompute and row.horizon not in known]
+    left = [row.horizon for row in open_rows if row.fits is not False] or [row.horizon for row in open_rows]
     if not left:
         return None
     if doubtful:

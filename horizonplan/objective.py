@@ -16,7 +16,7 @@ from horizonplan.cost import Cost, as_cost
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes, parse_bytes
 
-_TOO_LARGE = ", more than the device has"
+_TOO_LARGE = ", more than the device has: use smaller batches, a larger device, or let recomputing candidates in"
 _RATE_TOLERANCE = 1e-12  # so that a rate of exactly 1 - epsilon, computed in another way, counts as reached
 
 
@@ -232,7 +232,7 @@ more horizons and batches
     raise InfeasibleError(
         f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
         f"{nearest.stride}, has rate {rate} and needs {format_bytes(nearest.device_bytes or nearest.memory_bytes)}"
-        f"{_TOO_LARGE if nearest.fits is False else ''}: {objective.remedy}",
+        f"{_TOO_LARGE if nearest.fits is False else f': {objective.remedy}'}",
         nearest,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, signature, take
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, signature, take
 from horizonplan.candidates import Room, with_cosine, with_derived_rate, with_memory, with_rates
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
@@ -26,11 +26,11 @@ from horizonplan.horizons import first_horizons
 from horizonplan.objective import AccuracyConstraint, Objective
 from horizonplan.plan import Plan
 from horizonplan.probes.budget import Budget, available_bytes
-from horizonplan.probes.memory import Stride, stride_of
+from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.nvml import FALLBACKS, read
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
-from horizonplan.probing import Probing, counted_chain
+from horizonplan.probing import Probing, counted_chain, fitting
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements
@@ -127,20 +127,22 @@ def plan_horizon(
         training_mode(model),
         nullcontext() if card is None else Budget(card.memory_bytes) as budget,
     ):
-        sample = take(loader, batches, place)
+        sample = take(loader, batches)
+        first = move(sample[0], place)
         if budget is not None:
-            budget.hold(list(model.parameters()), list(model.buffers()), sample)
+            budget.hold(list(model.parameters()), list(model.buffers()), largest(sample))
         limit = available_bytes(place) if budget is None else budget.limit_bytes
 
         def make() -> Chain:
-            chain = Chain.from_model(model, sample[0], **how)
+            chain = Chain.from_model(model, first, **how)
             for number, batch in enumerate(sample):
-                chain.check(batch, f"batch {number}")
+                chain.check(move(batch, place), f"batch {number}")
             return chain
 
         if memory == "nvml" and (seen := read(place)).used_bytes is None and seen.process_bytes is None:
             raise ValueError(f"memory='nvml': {FALLBACKS[seen.fallback or 'other']}; give memory='allocated'.")
-        chain, flops = counted_chain(make)
+        with fitting(place):
+            chain, flops = counted_chain(make)
         places = first_horizons(horizons, chain.depth)
         for stride in strides:
             stride_of(stride, chain.depth)

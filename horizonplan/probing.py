@@ -7,18 +7,20 @@ counts them. So they are the same on every machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from horizonplan import probes
-from horizonplan.batch import batch_size
+from horizonplan.batch import batch_size, move
 from horizonplan.chain import Chain
 from horizonplan.frugal import Frugal
 from horizonplan.predict import step_flops
 from horizonplan.probes import Flops
+from horizonplan.probes.budget import recover
 from horizonplan.probes.cosine import Cosines
 from horizonplan.probes.memory import COUNTED_STEPS, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
 from horizonplan.probes.sample import Sample
@@ -31,7 +33,7 @@ class Probing:
 
     Args:
         chain: the model, on the device to measure on.
-        batches: for the cosine; memory and time are measured on the largest of them.
+        batches: for the cosine, on any device; memory and time are measured on the largest of them.
         optimizer: as for :func:`horizonplan.probes.profile`.
         limit_bytes: what tensors may occupy on the device; ``None``: no limit.
         chain_flops: what making the chain took.
@@ -53,13 +55,9 @@ class Probing:
         chain_flops: int = 0,
     ) -> None:
         self.chain, self.batches, self.optimizer = chain, batches, optimizer
-        self.biggest = largest(batches)
-        profile, message = attempt(lambda: probes.profile(chain, self.biggest, optimizer, summed=False), chain.device)
-        if profile is None:
-            raise torch.OutOfMemoryError(
-                f"{message}. Not even one block at a time fits: give smaller batches or a larger device."
-            )
-        self.profile = profile
+        self.biggest = move(largest(batches), chain.device)
+        with fitting(chain.device):
+            self.profile = profile = probes.profile(chain, self.biggest, optimizer, summed=False)
         self.frugal = Frugal(profile, limit_bytes)
         self.samples: list[Sample] = []
         self.cosines: Cosines | None = None
@@ -172,6 +170,21 @@ class Probing:
         kept = len(self.cosines.kept) if self.cosines is not None else 0
         one = sum(self._flops(pair) for pair in pairs if pair[0] < depth)
         return (count * one + (count - kept) * self._flops((depth, 1))) / self.bp_flops
+
+
+@contextmanager
+def fitting(device: torch.device) -> Iterator[None]:
+    """What must fit for anything to: running out of memory in here ends with the remedy."""
+    message = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = str(error)
+    if message is not None:
+        recover(device)
+        raise torch.OutOfMemoryError(
+            f"{message}. Not even one block at a time fits: give smaller batches or a larger device."
+        )
 
 
 def counted_chain(make: Callable[[], Chain]) -> tuple[Chain, int]:

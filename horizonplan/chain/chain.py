@@ -370,7 +370,7 @@ def _checked_run(model: nn.Module, batch: Any, compute: ComputeLoss) -> Callable
     def run() -> Tensor:
         try:
             return compute(model, batch)
-        except ValueError:
+        except (ValueError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
             shapes = [tuple(t.shape) for t in tensors(batch)]

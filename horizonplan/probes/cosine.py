@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from horizonplan.batch import move
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import scratch_buffers
 from horizonplan.probes.budget import host_copy
@@ -51,7 +52,7 @@ def cosine(
 
     Args:
         chain: the model.
-        batches: batches on the model's device.
+        batches: batches on any device; each is moved to the model's in its turn.
         horizons: horizons h.
         strides: strides s at each of them.
         recompute: activation checkpointing for a schedule, the exact one included: the same gradient
@@ -87,7 +88,7 @@ class Cosines:
         self.groups = _groups(chain)
         self.state = random_state(chain)
         if micro_batches > 1:
-            check_pieces(chain, batches[0], micro_batches)
+            check_pieces(chain, move(batches[0], chain.device), micro_batches)
         own = sum(p.nbytes for group in self.groups for p in group)
         self.keeps = own * len(batches) <= HOST_SHARE * _host_bytes()
         self.kept: dict[int, Exact] = {}
@@ -124,7 +125,8 @@ class Cosines:
         set_random_state(chain, self.state)
         schedule = replace(schedule, recompute=self.recompute(schedule))
         with scratch_buffers(chain.model.modules()):
-            loss = gradient(chain, self.batches[number], schedule, self.micro_batches)
+            batch = move(self.batches[number], chain.device)
+            loss = gradient(chain, batch, schedule, self.micro_batches)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"loss is {loss.item()} on batch {number}: check the data and the model's initial weights."

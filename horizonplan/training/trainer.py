@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, resolve_loss, take
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, batch_size, move, resolve_loss, take
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
+from horizonplan.devices import parse_device
 from horizonplan.plan import Plan
+from horizonplan.probes.budget import Budget
 from horizonplan.probes.steady import check_optimizer, optimizer_for, standing_bytes
 from horizonplan.probes.tracker import LiveBytes
 from horizonplan.progress import Progress, reporter
@@ -87,12 +89,14 @@ def train(
         compute_loss: likewise.
         projection: likewise.
         blocks: as for :func:`horizonplan.plan_horizon`; a plan brings its own.
-        device: where to train; ``None``: where the model is.
+        device: where to train; ``None``: where the model is; ``"emulated:40MiB"``: on the CPU, which runs out of
+            memory as a card of that size would.
         seed: of a Dataset's order and of torch's generator during the run.
         progress: as for :func:`horizonplan.plan_horizon`, a stage an epoch.
 
     Raises:
         ValueError: bad arguments, empty data, a model the plan was not made for.
+        torch.OutOfMemoryError: a step does not fit the device.
         FloatingPointError: a loss is not finite; the weights are those before that step.
     """
     if plan is not None and algorithm is not None:
@@ -107,12 +111,21 @@ def train(
         raise ValueError(f"epochs={epochs!r}: give a whole number >= 1.")
     refuse_wrappers(model)
     compute = resolve_loss(loss, compute_loss)
-    place = _place(model, device)
+    card = parse_device(device)
+    if card is not None and card.kind == "simulated":
+        raise ValueError(f"device={device!r}: nothing runs on a simulated device; give an emulated or a real one.")
+    place = _place(model, device if card is None else "cpu")
     loader = as_loader(data, shuffle=True, seed=seed)
-    val_loader = None if val_data is None else as_loader(val_data, batch_size=256)
-    with torch.random.fork_rng(devices=rng_devices(model)), training_mode(model):
+    with (
+        torch.random.fork_rng(devices=rng_devices(model)),
+        training_mode(model),
+        nullcontext() if card is None else Budget(card.memory_bytes) as budget,
+    ):
         torch.manual_seed(seed)
         first = take(loader, 1, place)[0]
+        val_loader = None if val_data is None else as_loader(val_data, batch_size=batch_size(first) or 32)
+        if budget is not None:
+            budget.hold(list(model.parameters()), list(model.buffers()), first)
         if plan is not None:
             chain = plan.chain(model, first, loss, compute_loss, projection)
             method: Algorithm = Fixed(plan.schedule)
