@@ -17,8 +17,8 @@ around every block, with which the others are compared, as they know no other. "
 margin" the same without the 15 % that it adds for the CUDA allocator.
 
 Table 3: what a prediction takes, in steps of back-propagation of that model (plain torch, median of five). Finding the
-blocks is part of "profile" and of "line"; "fold" comes once more for every schedule. Warm: nothing is called for the
-first time. A tool that refuses costs what it took to refuse.
+blocks is part of "profile" and of "line"; "fold" comes on top for every schedule. Where a tool refuses, what it took
+to refuse.
 """
 
 import statistics
@@ -60,6 +60,7 @@ MODELS: dict[str, Callable[[], families.Built]] = {
     "llama, 50k words": lambda: families.llama(depth=6, width=64, vocabulary=50_000),
 }
 TARGETS = (1.0, 3.0, 5.0)  # per cent: the fold's median, its worst, its worst with recomputing
+NOT_INSTALLED = "not installed"
 PACKAGES = ("torch", "transformers", "peft", "torch-kitsune", "ckptplan")
 WIDTHS = {"fold": 14, "line": 14, "kitsune": 16, "less margin": 16, "ckptplan": 15, "MemTracker": 15}
 Key = tuple[int, int, int]  # horizon, stride, recompute
@@ -175,7 +176,7 @@ class Legend:
 
     def mark(self, tool: str, error: Exception) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name in ("kitsune", "ckptplan"):
-            return "not installed"
+            return NOT_INSTALLED
         kind = "" if isinstance(error, other_tools.NoNumber) else f"raises {type(error).__name__}: "
         tool = "kitsune" if tool == "less margin" else tool
         reason = f"{tool}: {kind}{str(error).split('. ')[0].splitlines()[0][:140]}"
@@ -221,19 +222,20 @@ def compare(subject: Subject, label: str, key: Key, legend: Legend) -> tuple[int
             cells[tool] = percent(predict(chain, batch, schedule), plain or engine)
         except Exception as error:  # whatever a tool raises is its answer
             cells[tool] = legend.mark(tool, error)
-        if label == "BP":
+        if label == "BP" and cells[tool] != NOT_INSTALLED:
             subject.seconds[tool] = time.perf_counter() - start
     return plain, cells
 
 
 def prices(subjects: Iterable[Subject]) -> None:
     """Print table 3."""
-    print("\n3. Seconds of a prediction, in steps of back-propagation; the fold: once, and for every schedule more")
+    print("\n3. Seconds of a prediction, in steps of back-propagation; the fold: a profile once, then every schedule")
     columns = ("profile", "fold", "line", "kitsune", "ckptplan", "MemTracker")
     print(f"{'':17}{'step ms':>9}" + "".join(f"{c:>12}" for c in columns))
     for subject in subjects:
         step = subject.seconds["step"]
-        cells = [f"{subject.seconds[c] / step:.{2 if c == 'fold' else 1}f}" for c in columns]
+        ratios = {c: seconds / step for c, seconds in subject.seconds.items()}
+        cells = [f"{ratios[c]:.{2 if c == 'fold' else 1}f}" if c in ratios else "-" for c in columns]
         print(f"{subject.name:17}{step * 1e3:9.1f}" + "".join(f"{c:>12}" for c in cells))
 
 

@@ -7,8 +7,8 @@
   one of its recommendations, with the bytes that it would save. ``estimate_lora_memory`` is its way for LoRA.
 - ``ckptplan``: measures the activation bytes of declared blocks, on CUDA only, and plans which to checkpoint.
 - ``MemTracker`` of torch (private, ``torch.distributed._tools``): watches a step. Under ``FakeTensorMode`` nothing is
-  computed or allocated in it, which makes a prediction of it. It allows one call of the model a step. A truncated
-  horizon calls the model again for every loss, and ``reset_mod_stats()`` before each call ends in a KeyError.
+  computed or allocated in it, which makes a prediction of it. It allows one call of the model a step, where a truncated
+  horizon calls it for every loss; ``reset_mod_stats()`` before each call, its remedy, ended in a KeyError.
 
 A tool is a function of a chain, a batch and a schedule that returns bytes, or raises what the tool raises.
 """
@@ -45,14 +45,15 @@ def is_exact(schedule: Schedule) -> bool:
 @contextmanager
 def checkpointing(chain: Chain, every_block: bool) -> Iterator[None]:
     """The model with ``torch.utils.checkpoint`` around every block, the way a user would train it."""
+    blocks = chain.blocks if every_block else ()
     with chain.running():
-        for block in chain.blocks if every_block else ():
+        for block in blocks:
             block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for block in chain.blocks:
-                vars(block).pop("forward", None)
+            for block in blocks:
+                del block.forward
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
