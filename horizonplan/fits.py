@@ -296,7 +296,11 @@ class _Asked:
             schedule = Schedule.horizon(chain.depth, self.horizon or chain.depth, self.stride, self.recompute)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         made = simulation.optimizer(self.optimizer)(parameters)
-        make_state(made)
+        if chain is None:
+            make_state(made)
+        else:  # brings the state, and all else that outlives a step
+            step(chain, batch, Schedule.horizon(chain.depth, 1), made)
+            made.zero_grad(set_to_none=True)
         standing = own_bytes(list(self.model.parameters()), list(self.model.buffers()), dict(made.state))
         standing += nbytes(batch)
         with LiveBytes() as tracker:

@@ -8,7 +8,8 @@ until its last holder lets go.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from horizonplan.gradient import HEAD, STEM, trained_by
 from horizonplan.probes.drill import key_of
@@ -30,6 +31,57 @@ def memory_trace(ops: Iterable[Op], profile: Profile) -> Iterator[Moment]:
     books = _Books(profile, list(ops))
     for place, op in enumerate(books.ops):
         yield books.enter(place, op)
+
+
+def at_batch_size(small: Profile, large: Profile, samples: tuple[int, int], wanted: int) -> Profile:
+    """The profile of another batch size, from the profiles of two: every byte, FLOP and second on a straight line.
+
+    Bytes of states, graphs and gradients are constants plus multiples of the samples, so the line is exact for
+    them; an operator that chooses another algorithm for another size is not on it.
+
+    Args:
+        small: profiled on ``samples[0]`` samples.
+        large: profiled on ``samples[1]`` samples, another number.
+        samples: the two batch sizes.
+        wanted: the batch size asked for.
+
+    Raises:
+        ValueError: the two sizes are equal, or ``wanted`` is below 1.
+    """
+    first, second = samples
+    if first == second or wanted < 1:
+        raise ValueError(f"samples={samples}, wanted={wanted}: give profiles of two sizes, and a size >= 1.")
+    part = (wanted - first) / (second - first)
+
+    def between(a: Any, b: Any) -> Any:
+        if isinstance(a, OpCost):
+            return OpCost(*(between(getattr(a, f), getattr(b, f)) for f in ("peak_bytes", "flops", "later_bytes")))
+        if isinstance(a, tuple):
+            return tuple(between(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict):
+            return {key: between(a[key], b[key]) for key in a if key in b}
+        if a is None or b is None or isinstance(a, bool):
+            return a
+        value = a + (b - a) * part
+        return max(0.0, value) if isinstance(a, float) else round(value)
+
+    sized = ("state", "cotangent", "graph", "before", "arrival", "lasting", "result_bytes", "costs", "seconds")
+    sized += ("base_bytes", "update_bytes")
+    return replace(large, **{name: between(getattr(small, name), getattr(large, name)) for name in sized})
+
+
+def accumulated_bytes(schedule: Schedule, whole: Profile, piece: Profile) -> int:
+    """M of a step that accumulates gradients over micro-batches: all gradients are there when the last one begins.
+
+    Args:
+        schedule: of each micro-batch.
+        whole: profile of the batch, which stays where it is.
+        piece: profile of one micro-batch, the largest.
+    """
+    books = _Books(piece, piece.ops(schedule), accumulate=True)
+    moments = [books.enter(place, op) for place, op in enumerate(books.ops)]
+    peak = max(moment.peak_bytes for moment in moments)
+    return whole.base_bytes + max(peak, moments[-1].live_bytes + piece.update_bytes)
 
 
 def activation_bytes(ops: Iterable[Op], profile: Profile) -> int:
@@ -77,7 +129,7 @@ def _cost_key(op: Op, profile: Profile, pulled: bool, fresh: bool = True, last: 
 class _Books:
     """Who holds what while the operations go by."""
 
-    def __init__(self, profile: Profile, ops: list[Op]) -> None:
+    def __init__(self, profile: Profile, ops: list[Op], accumulate: bool = False) -> None:
         self.profile, self.ops = profile, ops
         self.live = 0
         self.holders: dict[tuple[str, int], set[str]] = {}
@@ -86,6 +138,8 @@ class _Books:
         self.last_pull = {op.t: place for place, op in enumerate(ops) if isinstance(op, Pull)}
         self.pulled = _pulls_last(ops, profile)
         self.delivered = self._deliveries()
+        for group in profile.gradients if accumulate else ():
+            self._make(group)
 
     def enter(self, place: int, op: Op) -> Moment:
         profile, peak = self.profile, 0

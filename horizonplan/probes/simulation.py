@@ -140,7 +140,7 @@ class _KeepsAsCuda(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if func is torch.rms_norm:
+        if func in (F.rms_norm, torch.rms_norm):
             return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
