@@ -41,7 +41,10 @@ def test_a_simulated_profile_is_the_real_one(make):
     assert {key: cost.flops for key, cost in fake_costs.costs.items()} == {k: c.flops for k, c in costs.costs.items()}
 
 
-@pytest.mark.parametrize("make", families.ALL, ids=lambda make: make.__name__)
+LEFT = [families.gpt2, families.bert, families.resnet, families.mlp, families.tied, families.in_place]
+
+
+@pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)
 def test_a_simulation_leaves_the_model_as_it_was(make):
     case = make()
     before = copy.deepcopy(case.model.state_dict())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from horizonplan.chain.calls import finite, handler, intercept, quiet
 from horizonplan.chain.slots import Output, Slot, candidates
@@ -208,7 +209,7 @@ class _GraphWalk:
         self.uses: list[list[nn.Parameter]] = [[] for _ in range(depth)]
         self.before: list[list[nn.Parameter]] = [[] for _ in range(depth)]
         self.head: list[nn.Parameter] = []
-        self.places: dict[int, tuple[Tensor, str]] = {}
+        self.places: dict[int, tuple[TensorWeakRef, str]] = {}  # weak: a deep model's states need not fit together
         self.leaf: Tensor | None = None
         self.first: Tensor | None = None
         self.mark = 0
@@ -282,7 +283,7 @@ class _GraphWalk:
         xin = given.detach()
         if xin.is_floating_point():
             xin.requires_grad_()
-            self.places[id(xin)] = (xin, f"the input of block {self.names[t]!r}")
+            self.places[id(xin)] = (TensorWeakRef(xin), f"the input of block {self.names[t]!r}")
         start = _mark()
         feed = xin.clone() if self.survey.copy_input[t] else xin
         args, kwargs = slot.put(feed, args, kwargs)
@@ -300,7 +301,7 @@ class _GraphWalk:
                 f"block {self.names[t]!r} returns {output.state.dtype}: states must be floating. {WAYS_OUT}"
             )
         leaf = output.state.detach().requires_grad_()
-        self.places[id(leaf)] = (leaf, f"the output of block {self.names[t]!r}")
+        self.places[id(leaf)] = (TensorWeakRef(leaf), f"the output of block {self.names[t]!r}")
         self.leaf = leaf
         self.first = leaf.detach().clone() if t == 0 else self.first
         self.mark = _mark()
@@ -317,7 +318,7 @@ class _GraphWalk:
         if not tensor.requires_grad:
             return tensor
         extra = tensor.detach().requires_grad_()
-        self.places[id(extra)] = (extra, f"another output of block {self.names[t]!r} than its first tensor")
+        self.places[id(extra)] = (TensorWeakRef(extra), f"another output of block {self.names[t]!r} than its first tensor")
         return extra
 
     def _reach(self, tensor: Tensor, since: int, who: str, allowed: Tensor | None) -> tuple[bool, list[nn.Parameter]]:
@@ -331,7 +332,7 @@ class _GraphWalk:
                 )
             if leaf is allowed:
                 reached = True
-            elif id(leaf) in self.places:
+            elif id(leaf) in self.places and self.places[id(leaf)][0]() is leaf:
                 raise ChainError(
                     f"{who} also reads {self.places[id(leaf)][1]}: the model is no chain there. {WAYS_OUT}"
                 )
