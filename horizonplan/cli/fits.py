@@ -82,9 +82,8 @@ def _answer(spec: str, batch: Any, asked: dict[str, Any], limit: int | None) -> 
         if not any(p.is_meta for p in shapes.parameters()):
             raise
         reason = error
-    answer = ask(load_model(spec, [batch], None, seed=0))
-    typer.echo(f"note: model {spec!r} was made with its values and run on the CPU: {reason}", err=True)
-    return answer
+    typer.echo(f"note: model {spec!r} is made with its values and run on the CPU: {reason}", err=True)
+    return ask(load_model(spec, [batch], None, seed=0))
 
 
 def _as_dict(found: Sweep) -> dict[str, Any]:
