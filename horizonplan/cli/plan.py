@@ -62,9 +62,7 @@ def plan(
     opt.exclude(epsilon=epsilon, lam=lam, memory_limit=memory_limit)
     places = None if horizons is None else [_number("--horizons", part) for part in horizons.split(",")]
     steps = [part if part == "horizon" else _number("--strides", part) for part in strides.split(",")]
-    for path in (out, plot):
-        if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}; make it first")
+    _have_folders(out, plot)
     _for_simulated(device, cosine_from=cosine_from, calibration=calibration)
     loaded, _ = load_data(data, batch_size, seed)
     with warnings.catch_warnings():
@@ -88,6 +86,10 @@ def plan(
             cosine_from=None if cosine_from is None else Plan.load(cosine_from),
             calibration=ASSUMED if calibration is None else Calibration.load(calibration),
         )
+    _hand_over(made, out, plot, json)
+
+
+def _hand_over(made: Plan, out: Path | None, plot: Path | None, json: bool) -> None:
     if out is not None:
         made.save(out)
     if plot is not None:
@@ -97,6 +99,12 @@ def plan(
         typer.echo("".join(f"note: {note}\n" for note in made.notes), err=True, nl=False)
     else:
         typer.echo(made.explain())
+
+
+def _have_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}; make it first")
 
 
 def _for_simulated(device: str | None, **values: object) -> None:
