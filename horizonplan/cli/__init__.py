@@ -1,22 +1,22 @@
-"""The command line: ``horizonplan plan | train | doctor``, one file a command."""
+"""The command line: ``horizonplan plan | train | fits | doctor``, one file a command."""
 
 import gc
 
 import typer
 
-from horizonplan.cli import doctor, plan, train
+from horizonplan.cli import doctor, fits, plan, train
 from horizonplan.cli.options import in_one_line
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Plan how far ahead each block's gradient looks, then train with the plan.",
-    epilog="`horizonplan COMMAND --help` explains a command. Exit codes: 0 done, 1 an error, 2 wrong usage.",
+    help="Plan how far ahead each block's gradient looks, see what fits a card, then train with the plan.",
+    epilog="`horizonplan COMMAND --help` explains a command. Exit codes: 0 done, 1 an error or no fit, 2 wrong usage.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (plan.plan, train.train, doctor.doctor):
+for command in (plan.plan, train.train, fits.fits, doctor.doctor):
     app.command()(in_one_line(command))
 
 

@@ -2,7 +2,10 @@
 
 import functools
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +21,11 @@ DATA_HELP = (
 OPTIMIZER = f"{', '.join(OPTIMIZERS)}, or module:function from parameters to an Optimizer."
 RATE = f"Learning rate of {', '.join(f'{name} ({rate:g})' for name, (_, rate) in OPTIMIZERS.items())}."
 BLOCKS = "Pattern of the blocks' names ('encoder.layer.*') or their container's name. Default: found in the model."
+DEVICE = (
+    "Where to run: cpu, cuda, cuda:1; emulated:40MiB, the CPU with so much memory; for plan also simulated:24GiB, a "
+    "card that is not there. Default: where the model is."
+)
+CALIBRATION = "What the card takes besides tensors, from `horizonplan doctor --calibrate`. Default: an assumption."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
 Data = Annotated[str, Option(help=DATA_HELP)]
@@ -25,7 +33,10 @@ Blocks = Annotated[str | None, Option(help=BLOCKS)]
 OptimizerName = Annotated[str, Option("--optimizer", help=OPTIMIZER)]
 LearningRate = Annotated[float | None, Option("--lr", help=RATE)]
 BatchSize = Annotated[int | None, Option(min=1, help="Samples a batch, where the data are a Dataset. Default: 32.")]
-Device = Annotated[str | None, Option(help="Where to run: cpu, cuda, cuda:1. Default: where the model is.")]
+Device = Annotated[str | None, Option(help=DEVICE)]
+Stride = Annotated[int | None, Option(help="Blocks between windows, 1 (default) to HORIZON (disjoint).")]
+Recompute = Annotated[int | None, Option(help="Activation checkpointing every so many blocks.")]
+CalibrationFile = Annotated[Path | None, Option("--calibration", help=CALIBRATION)]
 Seed = Annotated[int, Option(help="Seed of all that is random, the model's weights included.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
@@ -37,7 +48,8 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
-            command(*args, **options)
+            with _quiet(not options["debug"]):
+                command(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
@@ -47,6 +59,18 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from error
 
     return run
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Keep torch from logging a traceback of its own, on standard error, where fake tensors fit no operator."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = quiet or before
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _in_words(error: Exception) -> str:

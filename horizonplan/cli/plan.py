@@ -11,11 +11,16 @@ from horizonplan.cli import options as opt
 from horizonplan.cli.spec import load_data, load_model, load_optimizer
 from horizonplan.cost import LadderCost, LinearCost
 from horizonplan.curves import PoorFitWarning
+from horizonplan.devices import ASSUMED, Calibration, parse_device
 from horizonplan.objective import AccuracyConstraint, MemoryLimit, Objective, Weighted
+from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
 
 EPSILON = "Objective: the least cost at 1 - EPSILON of back-propagation's rate or more. Default: 0.1."
 NODE = "Memory of one node, such as 24GiB. Default: the card's; on a CPU, what back-propagation needs."
+MEMORY = "What counts: allocated, bytes of tensors; or nvml, what the card needs, as its driver counts."
+PROBE_STEPS = "What measuring may cost, in steps of back-propagation; short runs apart."
+COSINE_FROM = "For a simulated card: a saved plan whose cosines are taken, by the part of the depth."
 
 
 def plan(
@@ -37,6 +42,10 @@ def plan(
     optimizer: opt.OptimizerName = "adamw",
     lr: opt.LearningRate = None,
     device: opt.Device = None,
+    memory: Annotated[str, Option(help=MEMORY)] = "allocated",
+    probe_steps: Annotated[float, Option(help=PROBE_STEPS)] = 60,
+    cosine_from: Annotated[Path | None, Option(help=COSINE_FROM)] = None,
+    calibration: opt.CalibrationFile = None,
     seed: opt.Seed = 0,
     out: Annotated[Path | None, Option(help="Save the plan here, as JSON.")] = None,
     plot: Annotated[Path | None, Option(help="Draw it here: .png, .svg, .pdf.")] = None,
@@ -45,14 +54,16 @@ def plan(
 ) -> None:
     """Measure MODEL, print what each horizon costs, and choose one. Nothing is trained.
 
+    With --device simulated:SIZE nothing is measured either: MODEL is made without its values, on the device meta, where
+    that can be; bytes are predicted, and cosines are those of another plan. --memory-limit needs none.
+
     Example: horizonplan plan transformer --data mnist5k --out plan.json --plot plan.png
     """
     opt.exclude(epsilon=epsilon, lam=lam, memory_limit=memory_limit)
     places = None if horizons is None else [_number("--horizons", part) for part in horizons.split(",")]
     steps = [part if part == "horizon" else _number("--strides", part) for part in strides.split(",")]
-    for path in (out, plot):
-        if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}; make it first")
+    _have_folders(out, plot)
+    _for_simulated(device, cosine_from=cosine_from, calibration=calibration)
     loaded, _ = load_data(data, batch_size, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PoorFitWarning)  # the plan's notes say it too
@@ -70,7 +81,15 @@ def plan(
             optimizer=load_optimizer(optimizer, lr),
             device=device,
             seed=seed,
+            memory=memory,
+            probe_steps=probe_steps,
+            cosine_from=None if cosine_from is None else Plan.load(cosine_from),
+            calibration=ASSUMED if calibration is None else Calibration.load(calibration),
         )
+    _hand_over(made, out, plot, json)
+
+
+def _hand_over(made: Plan, out: Path | None, plot: Path | None, json: bool) -> None:
     if out is not None:
         made.save(out)
     if plot is not None:
@@ -80,6 +99,19 @@ def plan(
         typer.echo("".join(f"note: {note}\n" for note in made.notes), err=True, nl=False)
     else:
         typer.echo(made.explain())
+
+
+def _have_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}; make it first")
+
+
+def _for_simulated(device: str | None, **values: object) -> None:
+    card = parse_device(device)
+    for name, value in values.items():
+        if value is not None and (card is None or card.kind != "simulated"):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --device simulated:SIZE")
 
 
 def _objective(epsilon: float | None, lam: float | None, memory_limit: str | None) -> Objective:

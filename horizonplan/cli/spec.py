@@ -1,22 +1,26 @@
 """From words on the command line to objects: a name of ours, or ``module:function`` in the user's code.
 
-Modules are imported with the current directory importable; functions are called without arguments.
+Modules are imported with the current directory importable; functions are called without arguments. Where shapes are
+enough (for a card that is not there), a model is made on the device ``meta``, which allocates nothing.
 """
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from horizonplan.batch import as_loader, model_inputs, take
+from horizonplan.batch import as_loader, model_inputs, take, tensors
 from horizonplan.datasets import digits, mnist5k
+from horizonplan.devices import parse_device
 from horizonplan.models import Patches, ResidualCNN, ResidualMLP, SequenceClassifier
 
 
@@ -55,28 +59,73 @@ def load_data(spec: str, batch_size: int | None, seed: int, shuffle: bool = Fals
         raise ValueError(f"data {spec!r}: {error} A pair of these is training and validation data.") from error
 
 
+def load_batch(spec: str, batch_size: int | None) -> Any:
+    """One batch: what the function returns, or the first of the batches it returns (a list of tensors is one batch).
+
+    Raises:
+        ValueError: the specification leads to no tensors, or to batches although a batch size is given.
+    """
+    data = DATA[spec]() if spec in DATA else _made("batch", spec, DATA)
+    if isinstance(data, tuple) and len(data) == 2 and _holds_batches(data[0]):
+        data = data[0]  # the other is to validate on
+    if batch_size is not None and not isinstance(data, Dataset):
+        raise ValueError(f"--batch-size {batch_size}: {spec!r} returns whole batches; leave it out.")
+    try:
+        batch = take(as_loader(data, batch_size or 32), 1)[0] if _holds_batches(data) else data
+    except ValueError as error:
+        raise ValueError(f"batch {spec!r}: {error}") from error
+    if next(tensors(batch), None) is None:
+        kind = type(batch).__name__
+        raise ValueError(f"batch {spec!r}: no tensor in the {kind} it returned; let it return a batch or a DataLoader.")
+    return batch
+
+
 def load_model(spec: str, batches: Iterable[Any], device: str | None, seed: int) -> nn.Module:
     """The model, its weights from ``seed``; one of ours has the size that the first of the batches asks for.
+
+    For a simulated device it is made as :func:`load_shapes` does.
 
     Raises:
         ValueError: the specification leads to no model, or there is no such device.
     """
-    if device is not None:
+    card = parse_device(device)
+    if card is not None and card.kind == "simulated":
+        return load_shapes(spec, batches, seed)
+    if card is None and device is not None:
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device {device!r}: {reason}; `horizonplan doctor` lists what there is.") from error
     torch.manual_seed(seed)
-    if spec not in MODELS:
-        model = _made("model", spec, MODELS)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model {spec!r}: it returned a {type(model).__name__}; let it return an nn.Module.")
-        return model
-    images = model_inputs(take(batches, 1)[0])
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise ValueError(f"model {spec!r}: it takes images (B, C, H, W); give such data or a model of your own.")
-    return MODELS[spec](images)
+    return _maker(spec, batches)()
+
+
+def load_shapes(spec: str, batches: Iterable[Any], seed: int) -> nn.Module:
+    """The model on ``meta``; where it cannot be made there, with values, which is said on standard error.
+
+    It cannot where its function reads values (``.item()``), brings tensors of its own from elsewhere (numpy,
+    pretrained weights), moves it to a device, or keeps tensors where no module registers them.
+
+    Raises:
+        ValueError: the specification leads to no model.
+    """
+    make = _maker(spec, batches)
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # such as that loading weights does nothing there
+            model = make()
+        hidden = _hidden_tensors(model)
+        if hidden is None:
+            return model
+        reason = f"{hidden} keeps tensors in no buffer"
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    torch.manual_seed(seed)
+    model = make()
+    typer.echo(f"note: model {spec!r} was made with its values, for on 'meta' it cannot be: {reason}", err=True)
+    return model
 
 
 def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
@@ -97,6 +146,43 @@ def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
 
     make.__name__ = f"{spec}(lr={rate:g})"  # what a plan's provenance shows
     return make
+
+
+def _maker(spec: str, batches: Iterable[Any]) -> Callable[[], nn.Module]:
+    """How to make the model. What it takes from other modules is imported by now, so not under ``meta``."""
+    if spec in MODELS:
+        images = model_inputs(take(batches, 1)[0])
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise ValueError(f"model {spec!r}: it takes images (B, C, H, W); give such data or a model of your own.")
+        return partial(MODELS[spec], images)
+    _function("model", spec, MODELS)
+
+    def make() -> nn.Module:
+        model = _made("model", spec, MODELS)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model {spec!r}: it returned a {type(model).__name__}; let it return an nn.Module.")
+        return model
+
+    return make
+
+
+def _hidden_tensors(model: nn.Module) -> str | None:
+    """A module's attribute that holds ``meta`` tensors inside a list, tuple or mapping; ``None``: there is none."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            registered = isinstance(value, Tensor) or attribute in ("_parameters", "_buffers", "_modules")
+            if not registered and any(t.is_meta for t in tensors(value)):
+                return f"{name}.{attribute}".lstrip(".")
+    return None
+
+
+def _holds_batches(data: Any) -> bool:
+    """Whether it is something that holds batches, rather than one batch."""
+    if isinstance(data, list):
+        return not any(isinstance(entry, Tensor) for entry in data)
+    return isinstance(data, Dataset | DataLoader) or (
+        isinstance(data, Iterable) and not isinstance(data, Tensor | Mapping | tuple | str)
+    )
 
 
 def _made(role: str, spec: str, names: Iterable[str]) -> Any:
