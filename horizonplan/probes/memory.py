@@ -14,7 +14,7 @@ from torch import nn
 
 from horizonplan.batch import move, nbytes
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import training_mode
+from horizonplan.chain.calls import Ambient, training_mode
 from horizonplan.probes.budget import recover
 from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationError, isolated
 from horizonplan.probes.nvml import Reading, read, seen_bytes
@@ -231,7 +231,7 @@ def _in_children(
             with _parked(chain.model, device):
                 baseline = read(device)
                 data = move(batch, torch.device("cpu"))
-                given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute)
+                given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute, Ambient())
                 sample = isolated(_as_child, *given, timeout_seconds=timeout_seconds).value
         except CannotTravel as error:
             cannot_travel = " ".join(str(error).split())
@@ -253,12 +253,13 @@ def _as_child(
     pair: tuple[int, int],
     optimizer: Optimize | None,
     recompute: int,
+    ambient: Ambient,
 ) -> Sample:
-    """What the fresh process does."""
+    """What the fresh process does, under the autocast that the probe was called under."""
     place = torch.device(device)
     model.to(place)
     here = move(batch, place)
-    with training_mode(model):
+    with training_mode(model), ambient.restored():
         chain = recipe(model, here)
         (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
     return sample

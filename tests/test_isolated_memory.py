@@ -1,0 +1,31 @@
+"""Memory measured in a process of its own is what it would be in this one, whatever surrounds the probe."""
+
+import pytest
+import torch
+from families import ResidualMLP
+
+from horizonplan import probes
+from horizonplan.chain import Chain
+
+pytestmark = pytest.mark.slow
+
+
+def chain_and_batch(training=True):
+    model = ResidualMLP(depth=3, width=64).train(training)
+    batch = torch.randn(256, 4), torch.randint(0, 3, (256,))
+    return Chain.from_model(model, batch), batch
+
+
+def both(chain, batch, horizon, **more):
+    """The same probe in a process of its own and in this one."""
+    (apart,), (here,) = (probes.memory(chain, [batch], [horizon], in_children=c, **more) for c in (True, False))
+    assert "in_process" not in apart.detail
+    return apart, here
+
+
+def test_autocast_around_the_probe_reaches_the_process():
+    chain, batch = chain_and_batch()
+    (plain,) = probes.memory(chain, [batch], [chain.depth])
+    with torch.autocast("cpu", torch.bfloat16):
+        apart, here = both(chain, batch, chain.depth)
+    assert apart.value == here.value != plain.value
