@@ -29,3 +29,10 @@ def test_autocast_around_the_probe_reaches_the_process():
     with torch.autocast("cpu", torch.bfloat16):
         apart, here = both(chain, batch, chain.depth)
     assert apart.value == here.value != plain.value
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_measured_in_the_mode_it_is_in(training):
+    chain, batch = chain_and_batch(training)
+    apart, here = both(chain, batch, chain.depth)
+    assert apart.value == here.value

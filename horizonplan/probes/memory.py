@@ -14,7 +14,7 @@ from torch import nn
 
 from horizonplan.batch import move, nbytes
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import Ambient, training_mode
+from horizonplan.chain.calls import Ambient
 from horizonplan.probes.budget import recover
 from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationError, isolated
 from horizonplan.probes.nvml import Reading, read, seen_bytes
@@ -259,7 +259,7 @@ def _as_child(
     place = torch.device(device)
     model.to(place)
     here = move(batch, place)
-    with training_mode(model), ambient.restored():
+    with ambient.restored():
         chain = recipe(model, here)
         (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
     return sample
