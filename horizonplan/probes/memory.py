@@ -232,7 +232,7 @@ def _in_children(
                 baseline = read(device)
                 data = move(batch, torch.device("cpu"))
                 given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute, Ambient())
-                sample = isolated(_as_child, *given, timeout_seconds=timeout_seconds).value
+                sample = isolated(_as_child, *given, _fraction(device), timeout_seconds=timeout_seconds).value
         except CannotTravel as error:
             cannot_travel = " ".join(str(error).split())
             return in_process(pair)
@@ -254,15 +254,23 @@ def _as_child(
     optimizer: Optimize | None,
     recompute: int,
     ambient: Ambient,
+    fraction: float | None,
 ) -> Sample:
-    """What the fresh process does, under the autocast that the probe was called under."""
+    """What the fresh process does, under the autocast and the limit that the probe was called under."""
     place = torch.device(device)
+    if fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(fraction, place)
     model.to(place)
     here = move(batch, place)
     with ambient.restored():
         chain = recipe(model, here)
         (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
     return sample
+
+
+def _fraction(device: torch.device) -> float | None:
+    """The part of a CUDA device that ``set_per_process_memory_fraction`` has left this process."""
+    return torch.cuda.get_per_process_memory_fraction(device) if device.type == "cuda" else None
 
 
 def _since(before: Reading, sample: Sample) -> Sample:
