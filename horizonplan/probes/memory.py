@@ -288,9 +288,9 @@ def _parked(model: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    model.to("cpu")
-    torch.cuda.empty_cache()
     try:
+        model.to("cpu")
+        torch.cuda.empty_cache()
         yield
     finally:
         model.to(device)
