@@ -1,5 +1,7 @@
 """Memory measured in a process of its own is what it would be in this one, whatever surrounds the probe."""
 
+import sys
+
 import pytest
 import torch
 from families import ResidualMLP
@@ -36,3 +38,27 @@ def test_model_is_measured_in_the_mode_it_is_in(training):
     chain, batch = chain_and_batch(training)
     apart, here = both(chain, batch, chain.depth)
     assert apart.value == here.value
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_state_of_the_user_s_optimizer_stays_here(monkeypatch, kind):
+    chain, batch = chain_and_batch()
+    optimizer = kind(chain.parameters(), lr=0.1)
+    for p in chain.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state, sent = dict(optimizer.state), []
+
+    def isolated(*given, timeout_seconds):
+        sent.extend(given)
+        return original(*given, timeout_seconds=timeout_seconds)
+
+    module = sys.modules["horizonplan.probes.memory"]
+    original = module.isolated
+    monkeypatch.setattr(module, "isolated", isolated)
+    apart, here = both(chain, batch, 2, optimizer=optimizer)
+    assert apart.value == here.value
+    (travelled,) = (given for given in sent if isinstance(given, torch.optim.Optimizer))
+    assert not travelled.state
+    assert [p for g in travelled.param_groups for p in g["params"]] == list(chain.parameters())
+    assert dict(optimizer.state) == state

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -217,7 +219,7 @@ def _in_children(
     chain: Chain, batch: Any, optimizer: Optimize | None, recompute: int, timeout_seconds: float
 ) -> Callable[[tuple[int, int]], Sample]:
     """A function that measures a (horizon, stride) in a fresh process, the device left free for it."""
-    device, cannot_travel = chain.device, ""
+    device, cannot_travel, bare = chain.device, "", _stateless(optimizer)
 
     def in_process(pair: tuple[int, int]) -> Sample:
         (sample,) = memory(chain, [batch], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
@@ -231,7 +233,7 @@ def _in_children(
             with _parked(chain.model, device):
                 baseline = read(device)
                 data = move(batch, torch.device("cpu"))
-                given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute, Ambient())
+                given = (chain.model, chain.recipe, data, str(device), pair, bare, recompute, Ambient())
                 sample = isolated(_as_child, *given, _fraction(device), timeout_seconds=timeout_seconds).value
         except CannotTravel as error:
             cannot_travel = " ".join(str(error).split())
@@ -266,6 +268,15 @@ def _as_child(
         chain = recipe(model, here)
         (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
     return sample
+
+
+def _stateless(optimizer: Optimize | None) -> Optimize | None:
+    """An optimiser without its state, of which a probe's fresh one takes nothing: it would fill the child's device."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    bare = copy(optimizer)
+    bare.state = defaultdict(dict)
+    return bare
 
 
 def _fraction(device: torch.device) -> float | None:
