@@ -1,6 +1,7 @@
 """A model is seen as the chain it is, by whatever name; what is none is refused with the place and the ways out."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import families as fm
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from horizonplan.chain import Chain, ChainError
 from horizonplan.gradient import horizon_backward
+from horizonplan.probes.budget import Budget
 
 
 @pytest.mark.parametrize("family", fm.ALL)
@@ -607,3 +609,12 @@ def test_finding_blocks_does_not_hold_the_whole_graph():
         chain = Chain.from_model(model, batch)
     assert chain.depth == 12
     assert finding.peak < 0.5 * plain.peak
+
+
+def test_running_out_of_memory_is_no_fault_of_the_chain():
+    """A head that is large beside its blocks: whichever trial does not fit, memory is what ran out."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)), nn.Linear(8, 5000))
+    batch = torch.randn(64, 8), torch.randint(0, 5000, (64,))
+    for limit_bytes in range(2**19, 2**22, 2**16):
+        with Budget(limit_bytes), suppress(torch.OutOfMemoryError):
+            Chain.from_model(model, batch)

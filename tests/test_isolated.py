@@ -123,6 +123,7 @@ def test_exception_comes_back_with_its_place():
         (MemoryError, ""),
         (RuntimeError, "CUDA error: out of memory"),
         (RuntimeError, "DefaultCPUAllocator: can't allocate memory"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_running_out_of_memory_is_recognised(kind, message):

@@ -293,6 +293,8 @@ class Chain:
                     raise
                 layout.dense = True
                 losses = self._trial_heads(batch, shapes)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise ChainError(f"the head cannot be evaluated at x(1): {error!r}. {WAYS_OUT}") from error
         if layout.finite and not all(map(math.isfinite, losses)):

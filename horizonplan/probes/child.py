@@ -21,7 +21,7 @@ from multiprocessing import process, spawn
 from threading import Thread
 from typing import IO, Any
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def main(letter: int, answer: int, lifeline: int) -> None:

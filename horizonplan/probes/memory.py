@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from horizonplan.batch import move, nbytes
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import training_mode
+from horizonplan.chain.calls import Ambient
 from horizonplan.probes.budget import recover
 from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationError, isolated
 from horizonplan.probes.nvml import Reading, read, seen_bytes
@@ -217,7 +219,7 @@ def _in_children(
     chain: Chain, batch: Any, optimizer: Optimize | None, recompute: int, timeout_seconds: float
 ) -> Callable[[tuple[int, int]], Sample]:
     """A function that measures a (horizon, stride) in a fresh process, the device left free for it."""
-    device, cannot_travel = chain.device, ""
+    device, cannot_travel, bare = chain.device, "", _stateless(optimizer)
 
     def in_process(pair: tuple[int, int]) -> Sample:
         (sample,) = memory(chain, [batch], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
@@ -231,8 +233,8 @@ def _in_children(
             with _parked(chain.model, device):
                 baseline = read(device)
                 data = move(batch, torch.device("cpu"))
-                given = (chain.model, chain.recipe, data, str(device), pair, optimizer, recompute)
-                sample = isolated(_as_child, *given, timeout_seconds=timeout_seconds).value
+                given = (chain.model, chain.recipe, data, str(device), pair, bare, recompute, Ambient())
+                sample = isolated(_as_child, *given, _fraction(device), timeout_seconds=timeout_seconds).value
         except CannotTravel as error:
             cannot_travel = " ".join(str(error).split())
             return in_process(pair)
@@ -253,15 +255,33 @@ def _as_child(
     pair: tuple[int, int],
     optimizer: Optimize | None,
     recompute: int,
+    ambient: Ambient,
+    fraction: float | None,
 ) -> Sample:
-    """What the fresh process does."""
+    """What the fresh process does, under the autocast and the limit that the probe was called under."""
     place = torch.device(device)
+    if fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(fraction, place)
     model.to(place)
     here = move(batch, place)
-    with training_mode(model):
+    with ambient.restored():
         chain = recipe(model, here)
         (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
     return sample
+
+
+def _stateless(optimizer: Optimize | None) -> Optimize | None:
+    """An optimiser without its state, of which a probe's fresh one takes nothing: it would fill the child's device."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    bare = copy(optimizer)
+    bare.state = defaultdict(dict)
+    return bare
+
+
+def _fraction(device: torch.device) -> float | None:
+    """The part of a CUDA device that ``set_per_process_memory_fraction`` has left this process."""
+    return torch.cuda.get_per_process_memory_fraction(device) if device.type == "cuda" else None
 
 
 def _since(before: Reading, sample: Sample) -> Sample:
@@ -279,9 +299,9 @@ def _parked(model: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    model.to("cpu")
-    torch.cuda.empty_cache()
     try:
+        model.to("cpu")
+        torch.cuda.empty_cache()
         yield
     finally:
         model.to(device)

@@ -316,6 +316,8 @@ def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) 
     with LiveBytes() as tracker:
         made.step()
     base = standing_bytes(chain, made, batch)
+    if chain.device.type == "cuda":
+        torch.cuda.synchronize(chain.device)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
