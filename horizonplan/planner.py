@@ -30,6 +30,7 @@ from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.nvml import FALLBACKS, read
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
+from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
@@ -131,7 +132,8 @@ def plan_horizon(
         first = move(sample[0], place)
         if budget is not None:
             budget.hold(list(model.parameters()), list(model.buffers()), largest(sample))
-        limit = available_bytes(place) if budget is None else budget.limit_bytes
+        held = own_bytes(list(model.parameters()), list(model.buffers()), first)
+        limit = available_bytes(place, held) if budget is None else budget.limit_bytes
 
         def make() -> Chain:
             chain = Chain.from_model(model, first, **how)
@@ -159,8 +161,9 @@ def plan_horizon(
         if chosen.memory_source != "measured":
             pair = (chosen.horizon, chosen.stride)
             for measured in probing.memory([pair], chosen.recompute):
-                held = found.judge.room.holds(with_memory(chosen, measured))
-                rows, chosen = found.judge.swapped(rows, chosen, held)
+                fitting_row = found.judge.room.holds(with_memory(chosen, measured))
+                row = replace(chosen, fits=False) if measured.source != "measured" else fitting_row
+                rows, chosen = found.judge.swapped(rows, chosen, row)
         report(None)
     price = found.judge.price(rows)
     notes = (*_varying(sample), *found.notes, *more, *probing.notes(), *shortfall_notes(rows, chosen, objective, price))

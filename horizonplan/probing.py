@@ -21,8 +21,9 @@ from horizonplan.frugal import Frugal
 from horizonplan.predict import step_flops
 from horizonplan.probes import Flops
 from horizonplan.probes.budget import recover
+from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.cosine import Cosines
-from horizonplan.probes.memory import COUNTED_STEPS, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
+from horizonplan.probes.memory import COUNTED_STEPS, FAILED, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 from horizonplan.schedule import Schedule
@@ -80,6 +81,11 @@ class Probing:
         """Where memory ran out."""
         return [s for s in self.samples if s.source == OUT_OF_MEMORY]
 
+    @property
+    def failed(self) -> list[Sample]:
+        """What crashed or took too long."""
+        return [s for s in self.samples if s.source == FAILED]
+
     def price(self, horizon: int) -> float:
         """What measuring memory and cosine at a horizon would take."""
         return self._memory_price([(horizon, 1)]) + self._cosine_price([(horizon, 1)])
@@ -93,8 +99,7 @@ class Probing:
             at = [h for h, s in wanted if s == stride]
             self.spent["memory"] += self._memory_price([(h, stride) for h in at])
             found += probes.memory(self.chain, [self.biggest], at, [stride], self.optimizer, recompute)
-        if not recompute:
-            self.samples += found
+        self.samples += [s for s in found if not recompute]
         return found
 
     def cosine(self, pairs: Sequence[tuple[int, int]], stage: str = "cosine") -> list[Sample]:
@@ -144,6 +149,7 @@ class Probing:
                 f"Memory ran out at h={first.horizon}, stride {first.stride}: larger horizons were not tried, and "
                 "their bytes are predicted."
             )
+        told += [f"Measuring memory at h={s.horizon} failed: {s.detail['message']}." for s in self.failed]
         told += [self.unknown] if self.unknown else []
         return [note for note in told if note]
 
@@ -178,7 +184,9 @@ def fitting(device: torch.device) -> Iterator[None]:
     message = None
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         message = str(error)
     if message is not None:
         recover(device)

@@ -56,18 +56,19 @@ def settle(probing: Probing, judge: Judge, horizons: Sequence[int], probe_steps:
         probe_steps: what all probing may cost, in steps of back-propagation. One horizon is tested in any case.
     """
     _measure(probing, horizons)
-    fitted, notes = set(horizons), list[str]()
+    fitted, visited, notes = set(horizons), set(horizons), list[str]()
     tests: tuple[HeldOut, ...] = ()
     while True:
         curves, told = fit([s for s in probing.samples if s.horizon in fitted], probing.chain.depth, judge)
         here = replace(judge, room=_room(probing, judge))
         rows = here.rows(probing.profile, probing.samples, curves)
         chosen, cosine = here.horizon(rows), curves.get("cosine")
-        doubtful = doubts(rows, cosine, here.horizon, probing.measured)
-        h = next_horizon(rows, cosine, chosen, doubtful, probing.measured)
+        doubtful = doubts(rows, cosine, here.horizon, visited)
+        h = next_horizon(rows, cosine, chosen, doubtful, visited)
         if tests and all(test.ok for test in tests) and not doubtful:
             break
-        if h is None or (tests and probing.probed + probing.price(h) > probe_steps):
+        spent = len(visited) > len(horizons) and probing.probed + probing.price(h or 1) > probe_steps
+        if h is None or spent:
             notes += [_unsettled(doubtful, probe_steps)] if h is not None and doubtful else []
             break
         fitted |= {test.horizon for test in tests}
@@ -76,6 +77,7 @@ def settle(probing: Probing, judge: Judge, horizons: Sequence[int], probe_steps:
             rows = here.rows(probing.profile, probing.samples, curves)
         predicted = find(rows, h, 1)
         _measure(probing, [h])
+        visited.add(h)
         tests = _tests(predicted, curves.get("cosine"), probing, here)
     for note in told:
         if "cosine poorly" in note or "too few horizons" in note:
@@ -118,7 +120,7 @@ def _tests(predicted: Row, cosine: Curve | None, probing: Probing, judge: Judge)
     h, tests = predicted.horizon, []
     at = {s.quantity: s for s in probing.samples if (s.horizon, s.stride) == (h, 1) and not math.isnan(s.value)}
     if "memory" in at:
-        error = PREDICTION_ERROR[probing.chain.device.type] * predicted.memory_bytes
+        error = PREDICTION_ERROR["cpu" if probing.chain.device.type == "cpu" else "cuda"] * predicted.memory_bytes
         low, high = predicted.memory_bytes - error, predicted.memory_bytes + error
         tests.append(HeldOut("memory", h, low, high, _bytes(at["memory"], judge)))
     if "cosine" in at and cosine is not None:

@@ -14,7 +14,7 @@ from horizonplan.predict import step_bytes
 from horizonplan.probes import LiveBytes, profile
 from horizonplan.probes.simulation import simulated
 
-# What fakes cannot tell from the batch's values, they compute: Hugging Face's decoders build a mask that real runs skip.
+# What fakes cannot tell from values, they compute: Hugging Face's decoders build a mask that real runs skip.
 MASKED = {"gpt2", "llama"}
 # On fakes BatchNorm's backward makes the input's gradient even where nobody wants it, as cuDNN's does.
 NORMED = {"cnn"}
@@ -150,9 +150,9 @@ class Reads(nn.Module):
 
 def test_a_model_that_reads_values_is_told_the_place():
     model, x = Reads(), torch.ones(2, 4)
-    with pytest.raises(SimulationError, match=r"test_simulation\.py:\d+ \(if x.sum\(\).item\(\) > 0:\) needs values"):
-        with simulated(model) as simulation:
-            Chain.from_model(model, simulation.batch((x, x)))
+    place = r"test_simulation\.py:\d+ \(if x.sum\(\).item\(\) > 0:\) needs values"
+    with pytest.raises(SimulationError, match=place), simulated(model) as simulation:
+        Chain.from_model(model, simulation.batch((x, x)))
     assert not any(p.is_meta for p in model.parameters())
     assert type(next(model.parameters()).data) is torch.Tensor
 

@@ -318,7 +318,10 @@ class _GraphWalk:
         if not tensor.requires_grad:
             return tensor
         extra = tensor.detach().requires_grad_()
-        self.places[id(extra)] = (TensorWeakRef(extra), f"another output of block {self.names[t]!r} than its first tensor")
+        self.places[id(extra)] = (
+            TensorWeakRef(extra),
+            f"another output of block {self.names[t]!r} than its first tensor",
+        )
         return extra
 
     def _reach(self, tensor: Tensor, since: int, who: str, allowed: Tensor | None) -> tuple[bool, list[nn.Parameter]]:

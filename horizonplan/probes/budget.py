@@ -63,13 +63,20 @@ def host_copy(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that tensors of this process may occupy on a CUDA device now; ``None`` elsewhere (no limit)."""
+def available_bytes(device: torch.device, own: int) -> int | None:
+    """Bytes that a step may occupy on a CUDA device now; ``None`` elsewhere (no limit).
+
+    Args:
+        device: the device.
+        own: bytes of tensors there that belong to the step. What else this process keeps there is not available.
+    """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    mine = free + torch.cuda.memory_reserved(device)
-    return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # not in older torch
+    reserved = torch.cuda.memory_reserved(device)
+    others = max(0, torch.cuda.memory_allocated(device) - own)
+    return min(free + reserved, int(ask(device) * total)) - others
 
 
 def recover(device: torch.device) -> None:

@@ -18,7 +18,8 @@ from horizonplan.batch import move, nbytes
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import Ambient
 from horizonplan.probes.budget import recover
-from horizonplan.probes.isolated import CannotTravel, ChildFailed, IsolationError, isolated
+from horizonplan.probes.child import out_of_memory
+from horizonplan.probes.isolated import CannotTravel, ChildFailed, ChildKilled, IsolationError, isolated
 from horizonplan.probes.nvml import Reading, read, seen_bytes
 from horizonplan.probes.pieces import gradient
 from horizonplan.probes.sample import Sample
@@ -29,7 +30,7 @@ from horizonplan.schedule import Schedule
 Stride = int | str
 Value = TypeVar("Value")
 
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, FAILED = "out of memory", "failed"
 WARM_STEPS, COUNTED_STEPS = 2, 3  # on CUDA: optimiser state and workspaces come with the first
 TIMEOUT_SECONDS = 600.0
 
@@ -89,7 +90,7 @@ def memory(
 
     Running out of memory is a measurement: a sample of value NaN and source ``"out of memory"``. Larger
     horizons of the same stride are then not tried, and have no sample. So it is with a child process
-    that was killed or took too long.
+    that crashed or took too long, whose sample has the source ``"failed"``.
 
     Args:
         chain: the model, on the device to be measured.
@@ -120,7 +121,7 @@ def memory(
             warm = None
             made.zero_grad(set_to_none=True)
             if found is None:
-                return _out_of_memory(pair, str(message))
+                return _lost(pair, str(message))
             return Sample("memory", "bytes", *pair, found[0], detail=found[1])
 
         return _until_full(pairs, measure)
@@ -141,7 +142,9 @@ def attempt(call: Callable[[], Value], device: torch.device) -> tuple[Value | No
     message = None
     try:
         return call(), None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is cuBLAS without room for its workspace
+        if not out_of_memory(error):
+            raise
         message = str(error)
     recover(device)
     return None, message
@@ -158,8 +161,8 @@ def _until_full(pairs: Iterable[tuple[int, int]], measure: Callable[[tuple[int, 
     return samples
 
 
-def _out_of_memory(pair: tuple[int, int], message: str, **detail: Any) -> Sample:
-    return Sample("memory", "bytes", *pair, math.nan, source=OUT_OF_MEMORY, detail={"message": message, **detail})
+def _lost(pair: tuple[int, int], message: str, source: str = OUT_OF_MEMORY) -> Sample:
+    return Sample("memory", "bytes", *pair, math.nan, source=source, detail={"message": message})
 
 
 def _peak(
@@ -179,7 +182,7 @@ def _peak(
 def _peak_on_cuda(
     chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Any]]:
-    device, baseline = chain.device, _baseline(chain.device)
+    device = chain.device
     for _ in range(WARM_STEPS):
         step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
@@ -191,7 +194,9 @@ def _peak_on_cuda(
         step(chain, batch, schedule, optimizer)
     torch.cuda.synchronize(device)
     seen = read(device)
-    nvml_bytes, how = seen_bytes(baseline, seen)
+    nvml_bytes, how = seen_bytes(
+        replace(seen, used_bytes=None, peak_bytes=None), seen
+    )  # no reading is older than the context
     optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     detail = {
@@ -205,14 +210,6 @@ def _peak_on_cuda(
         "used_bytes": seen.used_bytes,
     }
     return base + torch.cuda.max_memory_allocated(device) - before, detail
-
-
-def _baseline(device: torch.device) -> Reading:
-    """What NVML sees besides this process's allocator: other processes, and the context."""
-    seen = read(device)
-    if seen.used_bytes is None:
-        return seen
-    return replace(seen, used_bytes=seen.used_bytes - torch.cuda.memory_reserved(device))
 
 
 def _in_children(
@@ -240,8 +237,12 @@ def _in_children(
             return in_process(pair)
         except IsolationError as error:
             if isinstance(error, ChildFailed) and not error.out_of_memory:
-                raise
-            return _out_of_memory(pair, str(error))
+                if "busy or unavailable" not in str(error):  # a card for one process at a time, and this is one
+                    raise
+                cannot_travel = str(error)
+                return in_process(pair)
+            full = error.out_of_memory or (isinstance(error, ChildKilled) and error.signal_name == "SIGKILL")
+            return _lost(pair, str(error), OUT_OF_MEMORY if full else FAILED)
         return _since(baseline, sample)
 
     return measure
@@ -281,13 +282,16 @@ def _stateless(optimizer: Optimize | None) -> Optimize | None:
 
 def _fraction(device: torch.device) -> float | None:
     """The part of a CUDA device that ``set_per_process_memory_fraction`` has left this process."""
-    return torch.cuda.get_per_process_memory_fraction(device) if device.type == "cuda" else None
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in older torch
+    return ask(device) if ask is not None and device.type == "cuda" else None
 
 
 def _since(before: Reading, sample: Sample) -> Sample:
     """NVML's bytes of a child that hid its own: what the device used more than before the child began."""
     used = sample.detail.get("used_bytes")
     if sample.detail.get("nvml") in ("process", "driver peak") or used is None or before.used_bytes is None:
+        return sample
+    if used < before.used_bytes:  # another process has let go of more
         return sample
     seen = {"nvml_bytes": used - before.used_bytes, "nvml": "device used minus baseline"}
     return replace(sample, detail={**sample.detail, **seen})
@@ -296,8 +300,8 @@ def _since(before: Reading, sample: Sample) -> Sample:
 @contextmanager
 def _parked(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model in the host's memory for a while, so that its device is free."""
-    if device.type != "cuda":
-        yield
+    if device.type != "cuda" or {p.device for p in model.parameters()} != {device}:
+        yield  # spread over devices: it could not be put back by one move
         return
     try:
         model.to("cpu")
