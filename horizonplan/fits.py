@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, batch_size, nbytes, resized, resolve_loss
-from horizonplan.chain import Chain, ChainError
+from horizonplan.chain import Chain
 from horizonplan.chain.calls import training_mode
-from horizonplan.chain.chain import refuse_wrappers
+from horizonplan.chain.chain import checked_run, refuse_wrappers
 from horizonplan.devices import ASSUMED, Calibration
 from horizonplan.probes.memory import step
-from horizonplan.probes.simulation import Simulation, SimulationError, simulated
-from horizonplan.probes.steady import Optimize, make_state
+from horizonplan.probes.simulation import Simulation, SimulationError, all_at_once, simulated
+from horizonplan.probes.steady import Optimize, make_state, optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.projection import Projection
 from horizonplan.schedule import Schedule
@@ -40,14 +40,14 @@ class Fits:
         margin_bytes: what cannot be predicted: context, workspaces, fragmentation.
         device_bytes: the card's memory.
         batch_size: samples of the batch; ``None`` where its tensors share no first dimension.
-        depth: blocks T; ``None`` where the model is no chain and back-propagation was asked for.
-        horizon: h; the depth (or ``None`` without one) for back-propagation.
+        depth: blocks T; ``None`` for plain back-propagation, which needs no blocks.
+        horizon: h; for back-propagation the depth, or ``None`` if it is plain.
         stride: s.
         recompute: activation checkpointing every so many blocks.
         parameter_bytes: parameters and buffers.
         optimizer_bytes: optimiser state.
         batch_bytes: the batch.
-        how: ``"fake tensors"``, or ``"run on CPU"`` where the model's flow depends on values.
+        how: ``"fake tensors"``, or ``"a run on the CPU"`` where the model's flow depends on values.
         margin_source: ``"assumed"``, or the calibrated card's name.
     """
 
@@ -85,7 +85,7 @@ class Fits:
             f"margin for what cannot be predicted ({self.margin_source})": self.margin_bytes,
         }
         verdict = "fits" if self.ok else f"does not fit: {format_bytes(needed - self.device_bytes)} too much for"
-        lines = [f"{what}, {self.batch_size or 'an unknown number of'} samples a batch: predicted with {self.how}"]
+        lines = [f"{what}, {self.batch_size or 'an unknown number of'} samples a batch: predicted from {self.how}"]
         lines += [f"  {format_bytes(size):>10}  {name}" for name, size in parts.items()]
         return "\n".join([*lines, f"  {format_bytes(needed):>10}  in all; {verdict} {format_bytes(self.device_bytes)}"])
 
@@ -123,14 +123,16 @@ def fits(
     """Predict the peak bytes of a training step on a CUDA card, and whether it fits there.
 
     Nothing of the model's size is allocated, and no card is needed. A model whose flow depends on
-    values is run on the CPU instead, if it has values.
+    values is run where it is instead, if it has values; its operators may then keep other bytes than
+    CUDA's do.
 
     Args:
         model: any chain of blocks, on any device; ``meta`` will do. Without ``horizon`` and
             ``recompute`` any module at all.
         batch: a batch as in training, on any device; only its shapes matter.
         device_memory: the card's memory, bytes or ``"24GiB"``.
-        horizon: h, 1..T; ``None``: back-propagation.
+        horizon: h, 1..T; ``None``: back-propagation by ``loss.backward()``. h = T is the same by
+            :func:`horizonplan.train`, which may keep a few states more, and so is ``None`` with ``blocks``.
         stride: s, 1..horizon.
         recompute: activation checkpointing every so many blocks; 0: none.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
@@ -202,7 +204,7 @@ def sweep(
 
         def good(size: int) -> bool:
             if size not in tried:
-                tried[size] = trial(resized(batch, size), memory, calibration)
+                tried[size] = trial(batch if size == start else resized(batch, size), memory, calibration)
             return tried[size].ok
 
         low, high = 0, min(start, limit)
@@ -216,6 +218,8 @@ def sweep(
 
     return asked.answer(batch, search)
 
+
+FAKE, REAL = "fake tensors", "a run on the CPU"
 
 Trial = Callable[[Any, int, Calibration], Fits]
 Answer = TypeVar("Answer")
@@ -237,83 +241,87 @@ class _Asked:
 
     def answer(self, batch: Any, use: Callable[[Trial], Answer]) -> Answer:
         """Hand ``use`` a function that predicts one step on a batch; by running it where values are needed."""
+        if self.horizon is None and self.stride != 1:
+            raise ValueError(f"stride={self.stride!r}: back-propagation has no windows; give a horizon too.")
         refuse_wrappers(self.model)
+        plain = self.horizon is None and not self.recompute and self.blocks is None
         with training_mode(self.model):
             try:
                 with simulated(self.model) as simulation:
-                    return use(self._trial(self._chain(simulation.batch(batch)), simulation))
+                    chain = None if plain else self._chain(simulation.batch(batch))
+                    return use(partial(self._trial, chain, partial(self._fake_step, chain, simulation), FAKE))
             except SimulationError:
                 if any(p.is_meta for p in self.model.parameters()):
                     raise
-            return use(self._trial(self._chain(batch), None))
+            chain = self._chain(batch)
+            return use(partial(self._trial, chain, partial(self._real_step, chain), REAL))
 
-    def _chain(self, batch: Any) -> Chain | None:
-        """The model as a chain; ``None`` where plain back-propagation through anything else was asked for."""
-        try:
-            return Chain.from_model(self.model, batch, self.blocks, self.loss, self.compute_loss, self.projection)
-        except ChainError:
-            if self.horizon is not None or self.recompute:
-                raise
-            return None
+    def _chain(self, batch: Any) -> Chain:
+        return Chain.from_model(self.model, batch, self.blocks, self.loss, self.compute_loss, self.projection)
 
-    def _trial(self, chain: Chain | None, simulation: Simulation | None) -> Trial:
+    def _schedule(self, chain: Chain) -> Schedule:
+        horizon = chain.depth if self.horizon is None else self.horizon
+        return Schedule.horizon(chain.depth, horizon, self.stride, self.recompute)
+
+    def _trial(
+        self,
+        chain: Chain | None,
+        run: Callable[[Any], tuple[int, int]],
+        how: str,
+        batch: Any,
+        memory: int,
+        calibration: Calibration,
+    ) -> Fits:
+        peak, standing = run(batch)
+        own, data = own_bytes(list(self.model.parameters()), list(self.model.buffers())), nbytes(batch)
+        margin = calibration.margin_bytes(peak)
         depth = None if chain is None else chain.depth
-        horizon = self.horizon or depth
+        return Fits(
+            ok=peak + margin <= memory,
+            predicted_bytes=peak,
+            margin_bytes=margin,
+            device_bytes=memory,
+            batch_size=batch_size(batch),
+            depth=depth,
+            horizon=depth if self.horizon is None else self.horizon,
+            stride=self.stride,
+            recompute=self.recompute,
+            parameter_bytes=own,
+            optimizer_bytes=standing - own - data,
+            batch_bytes=data,
+            how=how,
+            margin_source=calibration.card,
+        )
 
-        def trial(batch: Any, memory: int, calibration: Calibration) -> Fits:
-            given = batch if simulation is None else simulation.batch(batch)
-            if chain is not None and simulation is None:
-                peak, standing = self._real_step(chain, given)
-            elif simulation is not None:
-                peak, standing = self._fake_step(chain, given, simulation)
-            else:
-                raise SimulationError("model: it is no chain, and its flow depends on values; measure it on a device.")
-            own, data = own_bytes(list(self.model.parameters()), list(self.model.buffers())), nbytes(given)
-            margin = calibration.margin_bytes(peak)
-            return Fits(
-                ok=peak + margin <= memory,
-                predicted_bytes=peak,
-                margin_bytes=margin,
-                device_bytes=memory,
-                batch_size=batch_size(batch),
-                depth=depth,
-                horizon=horizon,
-                stride=self.stride,
-                recompute=self.recompute,
-                parameter_bytes=own,
-                optimizer_bytes=standing - own - data,
-                batch_bytes=data,
-                how="run on CPU" if simulation is None else "fake tensors",
-                margin_source=calibration.card,
-            )
-
-        return trial
-
-    def _fake_step(self, chain: Chain | None, batch: Any, simulation: Simulation) -> tuple[int, int]:
+    def _fake_step(self, chain: Chain | None, simulation: Simulation, batch: Any) -> tuple[int, int]:
         """Peak bytes of a step, and the bytes alive when it begins."""
-        compute, schedule = resolve_loss(self.loss, self.compute_loss), None
-        if chain is not None:
-            schedule = Schedule.horizon(chain.depth, self.horizon or chain.depth, self.stride, self.recompute)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        made = simulation.optimizer(self.optimizer)(parameters)
+        given = simulation.batch(batch)
+        made = simulation.optimizer(self.optimizer)([p for p in self.model.parameters() if p.requires_grad])
         if chain is None:
             make_state(made)
         else:  # brings the state, and all else that outlives a step
-            step(chain, batch, Schedule.horizon(chain.depth, 1), made)
+            step(chain, given, Schedule.horizon(chain.depth, 1), made)
             made.zero_grad(set_to_none=True)
         standing = own_bytes(list(self.model.parameters()), list(self.model.buffers()), dict(made.state))
-        standing += nbytes(batch)
+        standing += nbytes(given)
         with LiveBytes() as tracker:
-            if chain is not None and schedule is not None:
-                step(chain, batch, schedule, made)
-            else:
-                torch.autograd.backward(compute(self.model, batch))
+            if chain is None:
+                compute = resolve_loss(self.loss, self.compute_loss)
+                torch.autograd.backward(checked_run(self.model, given, compute)())
                 made.step()
+            else:
+                step(chain, given, self._schedule(chain), made)
         made.zero_grad(set_to_none=True)
         return standing + tracker.peak, standing
 
     def _real_step(self, chain: Chain, batch: Any) -> tuple[int, int]:
         """The same with values, where they are needed; everything is restored."""
-        where = [self.horizon or chain.depth], [self.stride]
-        sample = probes.memory(chain, [batch], *where, optimizer=self.optimizer, recompute=self.recompute)[0]
-        return int(sample.value), sample.detail["base_bytes"]
+        schedule = self._schedule(chain)
+        with restored(chain, weights=True):
+            made = all_at_once(optimizer_for(trainable(chain), self.optimizer))
+            step(chain, batch, Schedule.horizon(chain.depth, 1), made)
+            made.zero_grad(set_to_none=True)
+            standing = standing_bytes(chain, made, batch)
+            with LiveBytes() as tracker:
+                step(chain, batch, schedule, made)
+        return standing + tracker.peak, standing

@@ -117,7 +117,8 @@ class Plan:
     def explain(self) -> str:
         """The table and the choice in plain words."""
         known = self.provenance
-        how = f"Measured with {known['optimizer']} on {known['device']}, tensors of a batch: " if known else ""
+        word = "Predicted for" if known.get("margin") else "Measured with"
+        how = f"{word} {known['optimizer']} on {known['device']}, tensors of a batch: " if known else ""
         how += ", ".join(str(tuple(shape)) for shape, _ in known["batch"]) + "." if known else ""
         if "probing_steps" in known:
             how += " " + probing_in_words(known["probing_steps"], known["probing_seconds"])

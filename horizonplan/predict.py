@@ -65,18 +65,8 @@ def at_batch_size(small: Profile, large: Profile, samples: tuple[int, int], want
         value = a + (b - a) * part
         return max(0.0, value) if isinstance(a, float) else round(value)
 
-    sized: tuple[str, ...] = (
-        "state",
-        "cotangent",
-        "graph",
-        "before",
-        "arrival",
-        "lasting",
-        "result_bytes",
-        "costs",
-        "seconds",
-    )
-    sized += ("base_bytes", "update_bytes")
+    sized = ["state", "cotangent", "graph", "before", "arrival", "lasting", "result_bytes"]
+    sized += ["costs", "seconds", "base_bytes", "update_bytes"]
     return replace(large, **{name: between(getattr(small, name), getattr(large, name)) for name in sized})
 
 

@@ -161,8 +161,8 @@ def test_words_and_json_are_those_of_the_library():
 
 
 def test_shorter_horizons_recomputing_and_leaner_optimizers_need_less():
-    exact = judged(*SGD)["predicted_bytes"]
-    assert judged("--horizon", 6, *SGD)["predicted_bytes"] == exact
+    exact = judged("--horizon", 6, *SGD)["predicted_bytes"]
+    assert judged(*SGD)["predicted_bytes"] <= exact  # plain back-propagation keeps no block's input twice
     assert judged("--horizon", 2, *SGD)["predicted_bytes"] < judged("--horizon", 4, *SGD)["predicted_bytes"] < exact
     assert judged("--recompute", 2, *SGD)["predicted_bytes"] < exact
     assert judged(*SGD)["optimizer_bytes"] == 0 < judged()["optimizer_bytes"]
@@ -222,7 +222,7 @@ def test_one_batch_or_the_first_of_many(batch, words):
 def test_models_and_data_of_ours():
     words = ["fits", "residual-mlp", "--batch", "digits", "--batch-size", "9", "--device-memory", "1GiB", "--json"]
     printed = json.loads(CliRunner().invoke(app, words).stdout)
-    assert (printed["batch_size"], printed["depth"], printed["how"]) == (9, 12, "fake tensors")
+    assert (printed["batch_size"], printed["depth"], printed["how"]) == (9, None, "fake tensors")
 
 
 def test_a_model_that_no_memory_here_holds_is_judged():
@@ -257,7 +257,7 @@ def test_what_cannot_be_made_on_meta_is_made_with_values_and_judged_alike(model,
 
 def test_a_model_whose_flow_depends_on_values_is_run_and_that_is_said():
     result = run("--device-memory", "1GiB", "--json", model="Branches")
-    assert json.loads(result.stdout)["how"] == "run on CPU"
+    assert json.loads(result.stdout)["how"] == "a run on the CPU"
     assert "is made with its values and run on the CPU" in result.stderr
     assert "x.sum().item()" in result.stderr
 

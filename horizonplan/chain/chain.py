@@ -126,7 +126,7 @@ class Chain:
         """
         refuse_wrappers(model)
         compute = resolve_loss(loss, compute_loss)
-        run = _checked_run(model, batch, compute)
+        run = checked_run(model, batch, compute)
         found = find_blocks(model, run) if blocks is None else named_blocks(model, blocks)
         refuse_layer_drop(model, found, run)
         with regrouped(found.container, found.groups):
@@ -193,7 +193,7 @@ class Chain:
             ValueError: the model rejects the batch, or the loss is no finite scalar.
         """
         with quiet(self.model), torch.no_grad():
-            loss = _checked_run(self.model, batch, self._compute)()
+            loss = checked_run(self.model, batch, self._compute)()
         if finite(loss) is False:
             raise ValueError(f"loss is {loss.item()} on {name}: check the data and the model's weights.")
 
@@ -366,7 +366,7 @@ def refuse_wrappers(model: Any) -> None:
             )
 
 
-def _checked_run(model: nn.Module, batch: Any, compute: ComputeLoss) -> Callable[[], Tensor]:
+def checked_run(model: nn.Module, batch: Any, compute: ComputeLoss) -> Callable[[], Tensor]:
     """``compute`` on the batch, with the model's own complaints turned into one clear error."""
 
     def run() -> Tensor:

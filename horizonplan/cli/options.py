@@ -2,9 +2,7 @@
 
 import functools
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,8 +46,7 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
-            with _quiet(not options["debug"]):
-                command(*args, **options)
+            command(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
@@ -59,18 +56,6 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from error
 
     return run
-
-
-@contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Keep torch from logging a traceback of its own, on standard error, where fake tensors fit no operator."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.disabled
-    log.disabled = quiet or before
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _in_words(error: Exception) -> str:

@@ -194,9 +194,8 @@ def _peak_on_cuda(
         step(chain, batch, schedule, optimizer)
     torch.cuda.synchronize(device)
     seen = read(device)
-    nvml_bytes, how = seen_bytes(
-        replace(seen, used_bytes=None, peak_bytes=None), seen
-    )  # no reading is older than the context
+    unknown = replace(seen, used_bytes=None, peak_bytes=None)  # no reading of this process is older than its context
+    nvml_bytes, how = seen_bytes(unknown, seen)
     optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     detail = {

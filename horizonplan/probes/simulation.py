@@ -9,6 +9,7 @@ their backward on CUDA than on CPU are replaced by ones that keep the same as CU
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,10 +68,7 @@ class Simulation:
         return mapped(batch, self.twin)
 
     def optimizer(self, optimizer: Optimize | None) -> Callable[[Any], Optimizer]:
-        """How to make the user's optimiser over fakes, with the temporaries that it has on CUDA.
-
-        There ``foreach`` is the default, which works on all parameters at once.
-        """
+        """How to make the user's optimiser over fakes, with the temporaries that it has on CUDA."""
 
         def make(parameters: Any) -> Optimizer:
             given = optimizer
@@ -82,12 +80,17 @@ class Simulation:
                 made = type(given)(groups)  # type: ignore[call-arg]
             else:
                 made = optimizer_for(parameters, given)
-            for group in made.param_groups:
-                if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                    group["foreach"] = True
-            return made
+            return all_at_once(made)
 
         return make
+
+
+def all_at_once(optimizer: Optimizer) -> Optimizer:
+    """The optimiser with ``foreach`` where the user left that open: the default on CUDA, and not on CPU."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
 
 
 @contextmanager
@@ -105,7 +108,7 @@ def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
     simulation, saved = Simulation(), []
     homes: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers, vars(m))]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
             for home in homes:
                 for name, value in list(home.items()):
                     if isinstance(value, Tensor):
@@ -124,6 +127,17 @@ def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
     finally:
         for home, name, value in saved:
             home[name] = value
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging a traceback of its own where fake tensors fit no operator: the error says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _KeepsAsCuda(TorchFunctionMode):
