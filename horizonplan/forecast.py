@@ -8,6 +8,7 @@ memory needs none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,13 @@ def forecast(
     room = replace(judge.room, limit_bytes=card.memory_bytes, margin_bytes=calibration.margin_bytes)
     here = replace(judge, room=room, node_bytes=card.memory_bytes)
     rows = here.rows(costs, [], curves)
+    if curves:
+        least = min(curves["cosine"].horizons)
+        rows = here.judged([_unknown(row) if row.horizon < least else row for row in rows])
+        if least > 1:
+            notes.append(
+                f"Cosines below h={least} are unknown: the other model has no horizon that short a part of it."
+            )
     if not curves and all(row.objective is None for row in rows if row.horizon < chain.depth):
         raise ValueError(
             f"cosine_from=None: {judge.objective.describe()} needs a rate, and nothing is measured on a simulated "
@@ -91,6 +99,10 @@ def forecast(
         notes=(*notes, *shortfall_notes(rows, chosen, judge.objective, price)),
         provenance={**told, "margin": calibration.to_dict()},
     )
+
+
+def _unknown(row: Row) -> Row:
+    return replace(row, cosine=None, cosine_source="unmeasured", rate=None, rate_source="unmeasured")
 
 
 def _with_stride(rows: tuple[Row, ...], chosen: Row, judge: Judge) -> tuple[tuple[Row, ...], Row]:
@@ -140,6 +152,6 @@ def _stretched(curve: Curve, depth: int) -> Curve:
     return replace(
         curve,
         coefficients=tuple(c * ratio ** (order - i) for i, c in enumerate(curve.coefficients)),
-        horizons=tuple(max(1, min(depth, round(h / ratio))) for h in curve.horizons),
+        horizons=tuple(max(1, min(depth, math.ceil(h / ratio))) for h in curve.horizons),
         depth=depth,
     )

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from horizonplan.batch import mapped
+from horizonplan.probes.budget import on_host
 from horizonplan.probes.steady import Optimize, optimizer_for
 
 _NEEDS_VALUES = (
@@ -108,7 +109,7 @@ def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
     simulation, saved = Simulation(), []
     homes: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers, vars(m))]
     try:
-        with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+        with _unlogged(), on_host(), FakeTensorMode(allow_non_fake_inputs=True):
             for home in homes:
                 for name, value in list(home.items()):
                     if isinstance(value, Tensor):
