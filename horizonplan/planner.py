@@ -225,7 +225,8 @@ def _with_stride(
     pairs = pairs_at(chosen.horizon, judge.strides)
     if not any(stride == "horizon" or stride == s for stride in judge.strides for _, s in pairs):
         notes.append(f"None of strides={judge.strides} fits h={chosen.horizon}; stride 1 was taken.")
-    wanted = [pair for pair in (pairs if order else pairs[:1]) if find(rows, *pair).cosine_source != "measured"]
+    lacking = ("unmeasured", "fitted") if order else ("unmeasured",)
+    wanted = [pair for pair in (pairs if order else pairs[:1]) if find(rows, *pair).cosine_source in lacking]
     for sample in probing.cosine(wanted, "short runs" if order else "cosine"):
         row = find(rows, sample.horizon, sample.stride)
         rows, _ = judge.swapped(rows, row, with_cosine(row, sample))

@@ -78,7 +78,7 @@ class Profile:
 
 
 def profile(
-    chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats: int = 2, summed: bool = True
+    chain: Chain, batch: Any, optimizer: Optimize | None = None, repeats: int = 1, summed: bool = True
 ) -> Profile:
     """Profile a chain on one batch; model, optimiser, random state and mode are left as they were.
 
@@ -87,7 +87,8 @@ def profile(
         batch: a batch on that device; bytes and seconds are for its size.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW. Its state and
             its step's temporaries count as part of a training step.
-        repeats: timed drills, of which the medians are taken; 0 leaves the seconds empty.
+        repeats: timed drills, of which the medians are taken, over blocks of one kind together; 0 leaves the
+            seconds empty.
         summed: whether schedules are to be predicted in which several windows train one block, so that its
             gradient is a sum. Horizons have none; without them profiling costs less.
     """
@@ -103,15 +104,30 @@ def profile(
                 execute(chain, batch, ops, observer=_Clock(chain, times), gather=False)
                 clear(chain)
                 spent += _flops(ops, result.costs)
-    medians = {key: statistics.median(values) for key, values in times.items()}
+    medians = _medians(times, result.costs)
     with restored(chain, weights=True):
         return replace(result, seconds=medians, spent_flops=spent, **_update(chain, batch, optimizer, repeats))
 
 
+def _plainly(costs: dict[Key, OpCost]) -> dict[Key, OpCost]:
+    """Costs of operations, whatever they depend on besides the operation itself."""
+    return {key[:5] if key[0] == "pull" else key[:3]: cost for key, cost in costs.items()}
+
+
 def _flops(ops: list[Op], costs: dict[Key, OpCost]) -> int:
-    """FLOPs of operations, whatever else their cost depends on."""
-    known = {key[:5] if key[0] == "pull" else key[:3]: cost.flops for key, cost in costs.items()}
-    return sum(known.get(key_of(op)[:5], 0) for op in ops if not isinstance(op, Drop))
+    known = _plainly(costs)
+    counted = (key_of(op)[:5] for op in ops if not isinstance(op, Drop))
+    return sum(known[key].flops for key in counted if key in known)
+
+
+def _medians(times: dict[Key, list[float]], costs: dict[Key, OpCost]) -> dict[Key, float]:
+    """Seconds of each operation: blocks of one kind, with the same bytes and FLOPs, are timed together."""
+    known = {key[:4]: cost for key, cost in _plainly(costs).items()}
+    alike = {key: (key[0], *key[2:], known[key].flops, known[key].peak_bytes) if key in known else key for key in times}
+    together: dict[Key, list[float]] = defaultdict(list)
+    for key, values in times.items():
+        together[alike[key]] += values
+    return {key: statistics.median(together[alike[key]]) for key in times}
 
 
 class _Clock(Driller):
