@@ -10,9 +10,10 @@ their backward on CUDA than on CPU are replaced by ones that keep the same as CU
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
@@ -27,6 +29,8 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from horizonplan.batch import mapped
 from horizonplan.probes.budget import on_host
@@ -38,6 +42,11 @@ _NEEDS_VALUES = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+
+
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_SMALL = 2**24  # numbers
+_FACTORIES = (torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.full)
 
 
 class SimulationError(ValueError):
@@ -65,8 +74,8 @@ class Simulation:
         return self._twins[id(tensor)][1]
 
     def batch(self, batch: Any) -> Any:
-        """The batch as fakes."""
-        return mapped(batch, self.twin)
+        """The batch as fakes; small tensors of integers keep their values, if they have any."""
+        return mapped(batch, lambda t: t.cpu() if _is_small_integer(t) and not t.is_meta else self.twin(t))
 
     def optimizer(self, optimizer: Optimize | None) -> Callable[[Any], Optimizer]:
         """How to make the user's optimiser over fakes, with the temporaries that it has on CUDA."""
@@ -115,7 +124,8 @@ def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
                     if isinstance(value, Tensor):
                         saved.append((home, name, value))
                         home[name] = simulation.twin(value)
-            with _KeepsAsCuda() if cuda else torch.enable_grad():
+            integers: Any = _IntegersAreReal()  # type: ignore[no-untyped-call]
+            with integers, _KeepsAsCuda() if cuda else nullcontext():
                 yield simulation
     except Exception as error:
         cause = _first_cause(error)
@@ -139,6 +149,41 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+class _IntegersAreReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Small tensors of integers and booleans keep their values: positions, masks, lengths, tokens.
+
+    Models branch on them ("does this mask hide anything?"), and what they decide is then what they decide
+    in a real step. What is computed from them and from fakes together is fake.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        if any(isinstance(t, FakeTensor) or t.is_meta for t in given):
+            return func(*args, **kwargs)
+        if not (all(map(_is_small_integer, given)) if given else _makes_small_integers(func, args, kwargs)):
+            return func(*args, **kwargs)
+        with on_host():
+            return func(*args, **kwargs)
+
+
+def _is_small_integer(tensor: Tensor) -> bool:
+    return tensor.dtype in _INTEGERS and tensor.numel() <= _SMALL
+
+
+def _makes_small_integers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function without tensors among its arguments returns a small tensor of integers."""
+    kind, dtype = getattr(func, "overloadpacket", None), kwargs.get("dtype")
+    if kind is torch.ops.aten.arange:
+        whole = all(isinstance(a, int) for a in args)
+        return whole and dtype in (None, *_INTEGERS) and max(map(abs, args), default=0) <= _SMALL
+    sizes = args[0] if args and isinstance(args[0], list | tuple) else None
+    if kind not in _FACTORIES or sizes is None or not all(isinstance(n, int) for n in sizes):
+        return False
+    filled = type(args[1]) if kind is torch.ops.aten.full and dtype is None else None
+    return (dtype in _INTEGERS or filled in (int, bool)) and math.prod(sizes) <= _SMALL
 
 
 class _KeepsAsCuda(TorchFunctionMode):
