@@ -93,7 +93,11 @@ class Room:
         fits = None if self.limit_bytes is None else least <= self.limit_bytes
         if not row.recompute and row.horizon >= self.full.get(row.stride, math.inf):
             fits = False
-        return replace(row, device_bytes=needed, fits=fits, memory_bytes=least if self.as_memory else row.memory_bytes)
+        row = replace(row, device_bytes=needed, fits=fits)
+        if not self.as_memory or needed is None:
+            return row
+        seen = row.memory_source == "measured" and row.nvml_bytes is not None
+        return replace(row, memory_bytes=needed, memory_source="measured" if seen else "predicted")
 
 
 def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:

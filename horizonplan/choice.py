@@ -100,6 +100,7 @@ def choose_stride(
     count as equal), then fewer FLOPs. If none meets the objective, the one with the largest rate is taken.
     """
     tried = [find(rows, *pair) for pair in pairs]
+    tried = [row for row in tried if row.fits is not False] or tried
     rates = {row: row.rate for row in tried if row.rate is not None}  # what diverged is out, whatever is asked for
     if not rates:
         return tried[0], [NO_RATE]
@@ -111,6 +112,12 @@ def choose_stride(
     equal = [row for row in rates if row.feasible and row.objective == best]
     leader = max(equal, key=rates.__getitem__)
     return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0), []
+
+
+def first_that_fits(rows: Sequence[Row], pairs: Sequence[tuple[int, int]]) -> Row:
+    """The first of some (horizon, stride) that fits the device, or the first of all if none does."""
+    tried = [find(rows, *pair) for pair in pairs]
+    return next((row for row in tried if row.fits is not False), tried[0])
 
 
 def _as_fast(row: Row, leader: Row) -> bool:
@@ -125,12 +132,17 @@ def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost
     """Say plainly when what was measured at the choice misses the objective, and what comes next."""
     if chosen.feasible:
         return []
-    others = [row for row in rows if row.horizon != chosen.horizon and row.stride == 1]
+    others = [row for row in rows if row != chosen and (row.stride == 1 or row.horizon == chosen.horizon)]
     try:
         advice = f"The next best candidate is {name_of(select(others, objective, cost), depth_of(rows))}."
     except ValueError:
         advice = "No other candidate meets it."
     rate = "unknown" if chosen.rate is None else f"{chosen.rate:.3f}"
+    if chosen.fits is False:
+        return [
+            f"The choice does not fit the device: {format_bytes(chosen.device_bytes or chosen.memory_bytes)} are too much, "
+            f"or memory ran out when it was measured. {advice}"
+        ]
     return [
         f"The choice misses the objective ({objective.describe()}): its rate is {rate} ({chosen.rate_source}) and it "
         f"needs {format_bytes(chosen.memory_bytes)} ({chosen.memory_source}). {advice}"

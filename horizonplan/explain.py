@@ -70,10 +70,12 @@ def probing_in_words(steps: Mapping[str, float], seconds: float) -> str:
     return f"Probing took {format_seconds(seconds)}, in steps of back-propagation: {stages}."
 
 
-def tested_in_words(held_out: Sequence[HeldOut], verified: bool) -> str:
+def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool) -> str:
     """Whether what was predicted of a held-out horizon came out."""
+    if not held_out and not verified:
+        return f"Not verified: {'nothing could be held out' if measured else 'nothing was measured'}."
     if not held_out:
-        return "Verified: every horizon was measured." if verified else "Not verified: nothing was measured."
+        return "Verified: every horizon was measured."
     shown = {"memory": format_bytes, "cosine": "{:.3f}".format}
     tests = [
         f"{test.quantity} {shown[test.quantity](test.measured)} "

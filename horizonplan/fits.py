@@ -144,7 +144,7 @@ def fits(
 
     Raises:
         SimulationError: the flow depends on values, and the model has none (it is on ``meta``).
-        ChainError: the model is no chain, and a horizon was asked for.
+        ChainError: the model is no chain, and a horizon was asked for, or its flow depends on values.
         ValueError: bad arguments, or the model rejects the batch.
 
     >>> verdict = fits(nn.Linear(1024, 1024), (torch.ones(8, 1024), torch.ones(8, 1024)), "1GiB")

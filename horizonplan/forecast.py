@@ -8,7 +8,6 @@ memory needs none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,13 +16,15 @@ import torch
 from torch import nn
 
 from horizonplan.batch import as_loader, take
+from horizonplan.candidates import schedule_of
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import training_mode
-from horizonplan.choice import Judge, choose_horizon, find, pairs_at, shortfall_notes
+from horizonplan.choice import Judge, choose_horizon, first_that_fits, pairs_at, shortfall_notes
 from horizonplan.curves import Curve, fit_cosine
 from horizonplan.devices import Calibration, Card
 from horizonplan.horizons import first_horizons
 from horizonplan.plan import Plan
+from horizonplan.predict import step_bytes
 from horizonplan.probes import cosine, profile
 from horizonplan.probes.memory import largest, stride_of
 from horizonplan.probes.simulation import simulated
@@ -79,10 +80,10 @@ def forecast(
             f"cosine_from=None: {judge.objective.describe()} needs a rate, and nothing is measured on a simulated "
             "device; give a measured plan or a reduced model, or ask for MemoryLimit."
         )
-    price = here.price(rows)
+    price, counts = here.price(rows), "nvml" if here.room.as_memory else "allocated"
     chosen = choose_horizon(rows, judge.objective, price)
     rows, chosen = _with_stride(rows, chosen, here)
-    margin = calibration.margin_bytes(chosen.memory_bytes)
+    margin = calibration.margin_bytes(step_bytes(schedule_of(chosen, chain.depth), costs))
     notes += [
         f"Predicted for a card of {format_bytes(card.memory_bytes)} that was not there, with {format_bytes(margin)} "
         f"({calibration.card}) for context, workspaces and fragmentation. Nothing was measured; strides were not tried."
@@ -97,7 +98,11 @@ def forecast(
         block_names=chain.names,
         blocks=how["blocks"] if how["blocks"] is None or isinstance(how["blocks"], str) else tuple(how["blocks"]),
         notes=(*notes, *shortfall_notes(rows, chosen, judge.objective, price)),
-        provenance={**told, "margin": calibration.to_dict()},
+        provenance={
+            **told,
+            "memory_counts": "nvml" if judge.room.as_memory else "allocated",
+            "margin": calibration.to_dict(),
+        },
     )
 
 
@@ -109,13 +114,10 @@ def _with_stride(rows: tuple[Row, ...], chosen: Row, judge: Judge) -> tuple[tupl
     """The first of the strides that fits: without runs there is nothing to choose by."""
     if chosen.recompute or chosen.horizon == max(row.horizon for row in rows):
         return rows, chosen
-    for pair in pairs_at(chosen.horizon, judge.strides):
-        row = find(rows, *pair)
-        if row.fits is not False:
-            if row.rate is None and chosen.cosine is not None:
-                rows, row = judge.swapped(rows, row, replace(row, rate=chosen.rate, rate_source="derived"))
-            return rows, row
-    return rows, chosen
+    row = first_that_fits(rows, pairs_at(chosen.horizon, judge.strides))
+    if row.rate is None and chosen.rate is not None:  # that of stride 1, for want of another
+        return judge.swapped(rows, row, replace(row, rate=chosen.rate, rate_source="derived"))
+    return rows, row
 
 
 def _cosines(
@@ -152,6 +154,6 @@ def _stretched(curve: Curve, depth: int) -> Curve:
     return replace(
         curve,
         coefficients=tuple(c * ratio ** (order - i) for i, c in enumerate(curve.coefficients)),
-        horizons=tuple(max(1, min(depth, math.ceil(h / ratio))) for h in curve.horizons),
+        horizons=tuple(max(1, min(depth, -(-h * depth // curve.depth))) for h in curve.horizons),
         depth=depth,
     )

@@ -122,7 +122,8 @@ class Plan:
         how += ", ".join(str(tuple(shape)) for shape, _ in known["batch"]) + "." if known else ""
         if "probing_steps" in known:
             how += " " + probing_in_words(known["probing_steps"], known["probing_seconds"])
-        told = [*([how] if how else []), tested_in_words(self.held_out, self.verified), *self.notes]
+        measured = any(row.memory_source == "measured" for row in self.rows)
+        told = [*([how] if how else []), tested_in_words(self.held_out, self.verified, measured), *self.notes]
         return explain(self.rows, self.row, self.objective, self.cost, told)
 
     def table(self) -> str:
@@ -193,7 +194,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -13,30 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, signature, take
-from horizonplan.candidates import Room, with_cosine, with_derived_rate, with_memory, with_rates
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes, signature
+from horizonplan.candidates import Room
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import rng_devices, training_mode
+from horizonplan.chain.calls import rng_devices, seeded, training_mode
 from horizonplan.chain.chain import refuse_wrappers
-from horizonplan.choice import NO_FALL, Judge, choose_horizon, choose_stride, find, pairs_at, shortfall_notes
+from horizonplan.choice import Judge, choose_horizon, shortfall_notes
 from horizonplan.cost import Cost
+from horizonplan.decide import decide_memory, decide_stride
 from horizonplan.devices import ASSUMED, Calibration, Card, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
 from horizonplan.objective import AccuracyConstraint, Objective
 from horizonplan.plan import Plan
-from horizonplan.probes.budget import Budget, available_bytes
+from horizonplan.probes.budget import Budget, available_bytes, taken
 from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.nvml import FALLBACKS, read
-from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements
-from horizonplan.rows import Row
-from horizonplan.settle import Settled, settle
+from horizonplan.settle import settle
 
 logger = logging.getLogger("horizonplan")
 
@@ -117,22 +116,23 @@ def plan_horizon(
     room = Room(as_memory=memory == "nvml")
     judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
     if card is not None and card.kind == "simulated":
-        with _seeded(seed, model, loader):
+        with _own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
     if cosine_from is not None:
         raise ValueError("cosine_from is for simulated devices: on this one cosines are measured; leave it out.")
     report, started = reporter(progress, total=4), time.perf_counter()
     with (
         _moved(model, card, device) as place,
-        _seeded(seed, model, loader),
+        _own_generator(loader),
+        seeded(seed, [place.index or 0] if place.type == "cuda" else []),
         training_mode(model),
         nullcontext() if card is None else Budget(card.memory_bytes) as budget,
     ):
-        sample = take(loader, batches)
+        sample = taken(loader, batches)
         first = move(sample[0], place)
         if budget is not None:
-            budget.hold(list(model.parameters()), list(model.buffers()), largest(sample))
-        held = own_bytes(list(model.parameters()), list(model.buffers()), first)
+            budget.hold(list(model.parameters()), list(model.buffers()), batch=largest(sample))
+        held = own_bytes(list(model.parameters()), list(model.buffers())) + nbytes(first)
         limit = available_bytes(place, held) if budget is None else budget.limit_bytes
 
         def make() -> Chain:
@@ -155,18 +155,15 @@ def plan_horizon(
         found = settle(probing, judge, places, probe_steps)
         chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
         report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
-        order = take(loader, rollout_steps) if rollout_steps else []
-        rows, chosen, more, rolled = _with_stride(probing, found, chosen, order, rollout_steps, seed)
+        order = taken(loader, rollout_steps) if rollout_steps else []
+        decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
         report("memory of the choice")
-        if chosen.memory_source != "measured":
-            pair = (chosen.horizon, chosen.stride)
-            for measured in probing.memory([pair], chosen.recompute):
-                fitting_row = found.judge.room.holds(with_memory(chosen, measured))
-                row = replace(chosen, fits=False) if measured.source != "measured" else fitting_row
-                rows, chosen = found.judge.swapped(rows, chosen, row)
+        decision = decide_memory(probing, found.judge, decision)
         report(None)
+    rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
-    notes = (*_varying(sample), *found.notes, *more, *probing.notes(), *shortfall_notes(rows, chosen, objective, price))
+    told = (*found.notes, *decision.notes, *probing.notes())
+    notes = (*_varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
     spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
     logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)
     return Plan(
@@ -181,7 +178,8 @@ def plan_horizon(
         notes=notes,
         provenance={
             **circumstances(chain, probing.biggest, optimizer, seed, str(device if card else place)),
-            **measurements(probing.samples, rolled),
+            **measurements(probing.samples, decision.rolled),
+            "memory_counts": memory,
             "probing_steps": spent,
             "probing_seconds": seconds,
         },
@@ -215,32 +213,6 @@ def _check(
         raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
 
 
-def _with_stride(
-    probing: Probing, found: Settled, chosen: Row, order: Sequence[Any], steps: int, seed: int
-) -> tuple[tuple[Row, ...], Row, list[str], list[Sample]]:
-    """The table and the choice after short real runs at the chosen horizon, notes, and what the runs found."""
-    judge, rows, notes = found.judge, found.rows, []
-    if chosen.horizon == probing.chain.depth:
-        return rows, chosen, [], []
-    pairs = pairs_at(chosen.horizon, judge.strides)
-    if not any(stride == "horizon" or stride == s for stride in judge.strides for _, s in pairs):
-        notes.append(f"None of strides={judge.strides} fits h={chosen.horizon}; stride 1 was taken.")
-    lacking = ("unmeasured", "fitted") if order else ("unmeasured",)
-    wanted = [pair for pair in (pairs if order else pairs[:1]) if find(rows, *pair).cosine_source in lacking]
-    for sample in probing.cosine(wanted, "short runs" if order else "cosine"):
-        row = find(rows, sample.horizon, sample.stride)
-        rows, _ = judge.swapped(rows, row, with_cosine(row, sample))
-    rolled = probing.rollout(order, pairs, steps, seed) if order else []
-    if any(s.detail["exact_fell"] for s in rolled):
-        rows = judge.judged(with_rates(rows, rolled))
-        chosen, more = choose_stride(rows, pairs, judge.objective, judge.price(rows))
-        return rows, chosen, notes + more, rolled
-    notes += [NO_FALL] if rolled else []
-    row = find(rows, *pairs[0])
-    rows, chosen = judge.swapped(rows, row, with_derived_rate(row))
-    return rows, chosen, notes, rolled
-
-
 def _varying(sample: Sequence[Any]) -> list[str]:
     """A warning, and a note, where batches differ in shape: memory is that of the largest *seen*."""
     shapes = {tuple(shape[1:] for shape, _ in signature(batch)) for batch in sample}
@@ -261,17 +233,15 @@ def _node_bytes(place: torch.device, card: Card | None) -> int | None:
 
 
 @contextmanager
-def _seeded(seed: int, model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
-    """Torch's generator seeded, and it and the loader's own brought back."""
+def _own_generator(loader: Iterable[Any]) -> Iterator[None]:
+    """A loader's own generator brought back."""
     own = getattr(loader, "generator", None)
     state = None if own is None else own.get_state()
-    with torch.random.fork_rng(devices=rng_devices(model)):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            if own is not None:
-                own.set_state(state)
+    try:
+        yield
+    finally:
+        if own is not None:
+            own.set_state(state)
 
 
 @contextmanager

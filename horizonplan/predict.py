@@ -34,7 +34,7 @@ def memory_trace(ops: Iterable[Op], profile: Profile) -> Iterator[Moment]:
 
 
 def at_batch_size(small: Profile, large: Profile, samples: tuple[int, int], wanted: int) -> Profile:
-    """The profile of another batch size, from the profiles of two: every byte, FLOP and second on a straight line.
+    """The profile of another batch size, from the profiles of two: bytes, FLOPs and seconds on straight lines.
 
     Bytes of states, graphs and gradients are constants plus multiples of the samples, so the line is exact for
     them; an operator that chooses another algorithm for another size is not on it.

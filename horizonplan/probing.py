@@ -63,6 +63,7 @@ class Probing:
         self.samples: list[Sample] = []
         self.cosines: Cosines | None = None
         self.unknown: str | None = None
+        self.no_rates: str | None = None
         self.bp_flops = max(1, step_flops(Schedule.exact(chain.depth), profile))
         self.spent = {"profile": (profile.spent_flops + chain_flops) / self.bp_flops, "memory": 0.0, "cosine": 0.0}
 
@@ -70,11 +71,6 @@ class Probing:
     def probed(self) -> float:
         """Price of all probes, short runs apart."""
         return sum(self.spent[stage] for stage in ("profile", "memory", "cosine"))
-
-    @property
-    def measured(self) -> set[int]:
-        """Horizons that were measured at stride 1, or found not to fit."""
-        return {s.horizon for s in self.samples if s.stride == 1}
 
     @property
     def full(self) -> list[Sample]:
@@ -92,13 +88,13 @@ class Probing:
 
     def memory(self, pairs: Sequence[tuple[int, int]], recompute: int = 0) -> list[Sample]:
         """Measure peak bytes; above a horizon that ran out of memory, nothing is tried."""
-        full = {s.stride: s.horizon for s in self.full if s.detail.get("recompute", 0) == recompute}
+        full = {} if recompute else {s.stride: s.horizon for s in self.full}
         wanted = [(h, s) for h, s in pairs if h < full.get(s, math.inf)]
         found = []
         for stride in dict.fromkeys(s for _, s in wanted):
             at = [h for h, s in wanted if s == stride]
-            self.spent["memory"] += self._memory_price([(h, stride) for h in at])
             found += probes.memory(self.chain, [self.biggest], at, [stride], self.optimizer, recompute)
+        self.spent["memory"] += self._memory_price([(s.horizon, s.stride) for s in found], recompute)
         self.samples += [s for s in found if not recompute]
         return found
 
@@ -107,7 +103,7 @@ class Probing:
 
         Where it cannot be had at all, ``unknown`` says why, and there are no samples.
         """
-        if self.unknown:
+        if self.unknown or not pairs:
             return []
         self.spent[stage] = self.spent.get(stage, 0.0) + self._cosine_price(pairs)
         reason = ""
@@ -127,22 +123,34 @@ class Probing:
         return []
 
     def rollout(self, batches: Sequence[Any], pairs: Sequence[tuple[int, int]], steps: int, seed: int) -> list[Sample]:
-        """Short real runs, back-propagation among them."""
+        """Short real runs, back-propagation among them; none where even the thriftiest way does not fit.
+
+        ``no_rates`` then says why.
+        """
         every = [(self.chain.depth, 1), *pairs]
         self.spent.setdefault("short runs", 0.0)
         self.spent["short runs"] += steps * sum(self._flops(pair) for pair in every) / self.bp_flops
+        reason = ""
         for way in self.frugal.levels(batch_size(self.biggest)):
             runs = partial(probes.rollout, self.chain, batches, pairs, steps, self.optimizer, seed)
             if way.limit_bytes is not None:
                 runs = partial(runs, recompute=way.recompute, micro_batches=way.micro_batches)
-            found, _ = attempt(runs, self.chain.device)
+            try:
+                found, message = attempt(runs, self.chain.device)
+            except ValueError as error:
+                if way.micro_batches == 1:
+                    raise
+                reason = f"{reason}; {error}"
+                break
             if found is not None:
                 return found
+            reason = str(message)
+        self.no_rates = f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
         return []
 
     def notes(self) -> list[str]:
         """What to tell about what did not fit."""
-        told = [self.frugal.note()] if self.cosines is not None else []
+        told: list[str | None] = [self.frugal.note()] if self.cosines is not None else []
         if self.full:
             first = min(self.full, key=lambda s: s.horizon)
             told.append(
@@ -150,7 +158,7 @@ class Probing:
                 "their bytes are predicted."
             )
         told += [f"Measuring memory at h={s.horizon} failed: {s.detail['message']}." for s in self.failed]
-        told += [self.unknown] if self.unknown else []
+        told += [self.unknown, self.no_rates]
         return [note for note in told if note]
 
     def _cosine(self, pairs: Sequence[tuple[int, int]], way: Frugal) -> list[Sample]:
@@ -164,12 +172,13 @@ class Probing:
         schedule = self.frugal.schedule(Schedule.horizon(self.chain.depth, *pair))
         return step_flops(schedule, self.profile)
 
-    def _memory_price(self, pairs: Sequence[tuple[int, int]]) -> float:
-        steps = [step_flops(Schedule.horizon(self.chain.depth, *pair), self.profile) for pair in pairs]
+    def _memory_price(self, pairs: Sequence[tuple[int, int]], recompute: int = 0) -> float:
+        schedules = [Schedule.horizon(self.chain.depth, *pair, recompute) for pair in pairs]
+        steps = sum(step_flops(schedule, self.profile) for schedule in schedules)
         if self.chain.device.type == "cuda":
-            return (WARM_STEPS + COUNTED_STEPS) * sum(steps) / self.bp_flops
-        warm = step_flops(Schedule.horizon(self.chain.depth, 1), self.profile) if steps else 0
-        return (warm + sum(steps)) / self.bp_flops
+            return (WARM_STEPS + COUNTED_STEPS) * steps / self.bp_flops
+        warm = step_flops(Schedule.horizon(self.chain.depth, 1), self.profile) * len({s for _, s in pairs})
+        return (warm + steps) / self.bp_flops
 
     def _cosine_price(self, pairs: Iterable[tuple[int, int]]) -> float:
         depth, count = self.chain.depth, len(self.batches)

@@ -11,6 +11,7 @@ import torch
 
 from horizonplan.batch import signature
 from horizonplan.chain import Chain
+from horizonplan.probes.memory import FAILED, OUT_OF_MEMORY
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 
@@ -36,7 +37,8 @@ def measurements(samples: Sequence[Sample], rolled: Sequence[Sample]) -> dict[st
     told: dict[str, Any] = {
         "measured_horizons": sorted({s.horizon for s in samples if not math.isnan(s.value)}),
         "memory": [[s.horizon, s.stride, _finite(s.value)] for s in memory],
-        "out_of_memory": [[s.horizon, s.stride, s.detail["message"]] for s in memory if math.isnan(s.value)],
+        "out_of_memory": [[s.horizon, s.stride, s.detail["message"]] for s in memory if s.source == OUT_OF_MEMORY],
+        "failed": [[s.horizon, s.stride, s.detail["message"]] for s in memory if s.source == FAILED],
         "scale": [[s.horizon, s.stride, s.detail["scale"]] for s in cosines],
         "cosine_per_block": [[s.horizon, s.stride, list(s.detail["per_block"])] for s in cosines],
         "rollouts": [[s.horizon, s.stride, {k: _finite(v) for k, v in s.detail.items()}] for s in rolled],

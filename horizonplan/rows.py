@@ -23,7 +23,7 @@ class Row:
         memory_source: Where ``memory_bytes`` comes from.
         nvml_bytes: Peak bytes of the whole process as the driver counts them.
         device_bytes: What the device must have for it: ``nvml_bytes`` where measured, else ``memory_bytes`` and a
-            margin; on a device without a context of its own the same as ``memory_bytes``.
+            margin; None on a device without a context of its own, where it is ``memory_bytes``.
         fits: Whether the device planned for has that much; None where it has no limit.
         cosine: Cosine between this gradient and that of back-propagation, in [-1, 1].
         cosine_stderr: Standard error of ``cosine``.

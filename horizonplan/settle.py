@@ -27,6 +27,9 @@ from horizonplan.rows import Row
 PREDICTION_ERROR = {"cpu": 0.03, "cuda": 0.08}  # of a predicted peak (benchmarks/memory_prediction.py)
 
 
+LINE, ONE = "The paper's line for M(h)", "Cosines are known at one horizon only"
+
+
 @dataclass(frozen=True)
 class Settled:
     """What the choice is made from.
@@ -65,11 +68,11 @@ def settle(probing: Probing, judge: Judge, horizons: Sequence[int], probe_steps:
         chosen, cosine = here.horizon(rows), curves.get("cosine")
         doubtful = doubts(rows, cosine, here.horizon, visited)
         h = next_horizon(rows, cosine, chosen, doubtful, visited)
-        if tests and all(test.ok for test in tests) and not doubtful:
+        known = cosine is not None or probing.unknown is not None
+        if h is None or (tests and known and not doubtful and all(test.ok for test in tests)):
             break
-        spent = len(visited) > len(horizons) and probing.probed + probing.price(h or 1) > probe_steps
-        if h is None or spent:
-            notes += [_unsettled(doubtful, probe_steps)] if h is not None and doubtful else []
+        if len(visited) > len(horizons) and known and probing.probed + probing.price(h) > probe_steps:
+            notes += [_unsettled(doubtful, probe_steps)] if doubtful else []
             break
         fitted |= {test.horizon for test in tests}
         if tests:  # what was held out joins the fits that are tested next
@@ -80,7 +83,7 @@ def settle(probing: Probing, judge: Judge, horizons: Sequence[int], probe_steps:
         visited.add(h)
         tests = _tests(predicted, curves.get("cosine"), probing, here)
     for note in told:
-        if "cosine poorly" in note or "too few horizons" in note:
+        if not note.startswith(LINE) and not note.startswith(ONE):
             warnings.warn(note, PoorFitWarning, stacklevel=3)
     return Settled(here, rows, curves, tests, (*notes, *told))
 
@@ -101,11 +104,10 @@ def fit(samples: Iterable[Sample], depth: int, judge: Judge) -> tuple[dict[str, 
         if len({h for h, _ in cosines}) > 1:
             curves["cosine"] = fit_cosine([h for h, _ in cosines], [c for _, c in cosines], depth)
     if not curves:
-        notes.append("Only one horizon was measured: nothing is fitted, and rates at other horizons are unknown.")
+        notes.append(f"{ONE}: nothing is fitted, and other rates are unknown.")
     for warning in caught:
-        line = "memory" in str(warning.message)
-        notes.append(f"The paper's line for M(h): {warning.message}. The table does not use it." if line else "")
-        notes[-1] = notes[-1] or str(warning.message)
+        line = "fits the memory" in str(warning.message)
+        notes.append(f"{LINE}: {warning.message}. The table does not use it." if line else str(warning.message))
     return curves, notes
 
 
@@ -119,13 +121,18 @@ def _tests(predicted: Row, cosine: Curve | None, probing: Probing, judge: Judge)
     """What was measured at a horizon, beside what had been predicted there."""
     h, tests = predicted.horizon, []
     at = {s.quantity: s for s in probing.samples if (s.horizon, s.stride) == (h, 1) and not math.isnan(s.value)}
-    if "memory" in at:
+    if "memory" in at and (not judge.room.as_memory or at["memory"].detail.get("nvml_bytes") is not None):
         error = PREDICTION_ERROR["cpu" if probing.chain.device.type == "cpu" else "cuda"] * predicted.memory_bytes
         low, high = predicted.memory_bytes - error, predicted.memory_bytes + error
         tests.append(HeldOut("memory", h, low, high, _bytes(at["memory"], judge)))
-    if "cosine" in at and cosine is not None:
+    if "cosine" in at and cosine is not None and 0 < _width(cosine, h) < 2:  # else there is nothing to miss
         tests.append(HeldOut("cosine", h, *cosine.interval(h), at["cosine"].value))
     return tuple(tests)
+
+
+def _width(curve: Curve, h: int) -> float:
+    low, high = curve.interval(h)
+    return high - low
 
 
 def _bytes(sample: Sample, judge: Judge) -> float:

@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import horizonplan as hp
 from horizonplan.batch import batch_size, resized, split
+from horizonplan.candidates import Room
+from horizonplan.choice import choose_stride, first_that_fits
 from horizonplan.frugal import Frugal
 from horizonplan.predict import accumulated_bytes, at_batch_size, step_bytes
 from horizonplan.probes import LiveBytes, profile
@@ -128,6 +131,87 @@ def test_a_card_too_small_for_back_propagation_gets_the_largest_horizon_that_fit
         hp.train(model, data, device=f"emulated:{limit}", progress=False)
 
 
+SHAPES = {
+    "list": lambda data: data,
+    "slices": lambda data: list(zip(*(torch.cat(part).split(256) for part in zip(*data, strict=True)), strict=True)),
+    "loader": lambda data: DataLoader(TensorDataset(*map(torch.cat, zip(*data, strict=True))), batch_size=256),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rollout_steps", [0, 6])
+def test_only_one_batch_at_a_time_is_on_the_card_however_they_come(shape, rollout_steps):
+    model, data = task()
+    limit = needs(model, data)[3]
+    batches = SHAPES[shape](data)
+    made = plan(model, batches, limit, rollout_steps=rollout_steps)
+    assert (made.horizon, made.row.fits, made.row.memory_source) == (3, True, "measured")
+    result = hp.train(model, batches, plan=made, device=f"emulated:{limit}", progress=False, val_data=batches)
+    assert result.peak_bytes == made.row.memory_bytes == limit
+
+
+def test_rates_of_another_gradient_are_not_told():
+    torch.manual_seed(0)
+    depth = 24
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(depth)]
+    model = nn.Sequential(*layers, nn.BatchNorm1d(16), nn.Linear(16, 3))
+    data = [(torch.randn(1024, 16), torch.randint(0, 3, (1024,))) for _ in range(2)]
+    blocks = [str(t) for t in range(depth)]
+    costs = profile(hp.Chain.from_model(model, data[0], blocks), data[0], repeats=0)
+    limit = int(1.5 * step_bytes(hp.Schedule.horizon(depth, 1), costs))
+    made = plan(model, data, limit, blocks=blocks, batches=2, rollout_steps=4, strides=(1, "horizon"))
+    assert made.row.rate is None
+    assert any("There were no short runs" in note and "couples the samples" in note for note in made.notes)
+
+
+def test_a_choice_that_runs_out_after_all_gives_way_to_the_next_best(monkeypatch):
+    model, data = task()
+    limit = needs(model, data)[4] + 7
+    real = hp.probing.Probing.memory
+
+    def short(probing, pairs, recompute=0):
+        if pairs == [(4, 4)]:
+            return [
+                hp.probes.Sample("memory", "bytes", 4, 4, math.nan, source=OUT_OF_MEMORY, detail={"message": "full"})
+            ]
+        return real(probing, pairs, recompute)
+
+    monkeypatch.setattr(hp.probing.Probing, "memory", short)
+    made = plan(model, data, limit, strides=("horizon", 1))
+    assert (made.horizon, made.stride, made.row.fits, made.row.feasible) == (4, 1, True, True)
+    assert any("h=4, stride 4 was chosen first and did not fit the device" in note for note in made.notes)
+
+
+def test_a_stride_that_does_not_fit_is_never_taken():
+    rows = [
+        hp.Row(horizon=4, memory_bytes=100, rate=0.5, fits=True),
+        hp.Row(horizon=4, stride=4, memory_bytes=90, rate=0.8, fits=False),
+        hp.Row(horizon=6, memory_bytes=200, rate=1.0, fits=False),
+    ]
+    pairs = [(4, 4), (4, 1)]
+    chosen, _ = choose_stride(rows, pairs, hp.AccuracyConstraint(0.05), hp.LinearCost(node_memory=100))
+    assert chosen.stride == first_that_fits(rows, pairs).stride == 1
+
+
+def test_where_memory_ran_out_nothing_larger_of_that_stride_fits():
+    room = Room(limit_bytes=1000, full={1: 3})
+    fits = {(h, s, k): room.holds(hp.Row(horizon=h, stride=s, recompute=k, memory_bytes=10)).fits
+            for h, s, k in ((2, 1, 0), (3, 1, 0), (4, 1, 0), (4, 4, 0), (4, 1, 1))}  # fmt: skip
+    assert fits == {(2, 1, 0): True, (3, 1, 0): False, (4, 1, 0): False, (4, 4, 0): True, (4, 1, 1): True}
+
+
+def test_what_the_device_needs_is_what_the_driver_saw_or_a_prediction():
+    room = Room(limit_bytes=150, margin_bytes=lambda size: 60, as_memory=True)
+    measured = hp.Row(horizon=1, memory_bytes=100, memory_source="measured", nvml_bytes=140)
+    hidden = hp.Row(horizon=1, memory_bytes=100, memory_source="measured")
+    told = [
+        (row.memory_bytes, row.device_bytes, row.memory_source, row.fits) for row in map(room.holds, (measured, hidden))
+    ]
+    assert told == [(140, 140, "measured", True), (160, 160, "predicted", False)]
+    plain = Room(limit_bytes=150, margin_bytes=lambda size: 60).holds(hidden)
+    assert (plain.memory_bytes, plain.device_bytes, plain.memory_source, plain.fits) == (100, 160, "measured", False)
+
+
 def test_cosines_are_measured_where_back_propagation_does_not_fit_and_the_plan_says_how():
     model, data = task()
     limit = needs(model, data)[2]
@@ -209,7 +293,7 @@ def test_without_an_exact_gradient_a_memory_limit_is_planned_and_an_accuracy_is_
     made = plan(model, data, limit, blocks=blocks, batches=2)
     assert (made.row.fits, made.row.cosine, made.row.rate) == (True, None, None)
     assert any("There is no exact gradient to compare with" in n and "couples the samples" in n for n in made.notes)
-    with pytest.raises(ValueError, match=r"no candidate is feasible|couples the samples"):
+    with pytest.raises(hp.InfeasibleError, match="no candidate is feasible"):
         plan(model, data, limit, blocks=blocks, batches=2, objective=hp.AccuracyConstraint(0.5))
 
 

@@ -13,7 +13,9 @@ from torch import nn
 import horizonplan as hp
 from horizonplan.devices import ASSUMED, Calibration
 from horizonplan.models import ResidualMLP
-from horizonplan.probes import LiveBytes
+from horizonplan.predict import step_bytes
+from horizonplan.probes import LiveBytes, profile
+from horizonplan.probes.simulation import simulated
 
 EXACT = Calibration("none", None, 0, 0, 0.0, "assumed")
 
@@ -29,7 +31,14 @@ def test_the_prediction_is_the_fold_s_under_the_same_simulation(horizon, recompu
     found = hp.fits(model, batch, "1GiB", horizon, recompute=recompute)
     plan = hp.plan_horizon(model, [batch], device="simulated:1GiB", objective=hp.MemoryLimit("1GiB"), progress=False)
     row = next(r for r in plan.rows if (r.horizon, r.stride, r.recompute) == (horizon, 1, 0))
-    if recompute == 0:
+    if recompute:
+        with simulated(model) as simulation:
+            shapes = simulation.batch(batch)
+            chain = hp.Chain.from_model(model, shapes)
+            costs = profile(chain, shapes, simulation.optimizer(None), repeats=0)
+        folded = step_bytes(hp.Schedule.horizon(8, horizon, 1, recompute), costs)
+        assert found.predicted_bytes == pytest.approx(folded, rel=0.01)
+    else:
         assert found.predicted_bytes == pytest.approx(row.memory_bytes, abs=4)  # the profile made a NaN before
         assert found.margin_bytes == pytest.approx(row.device_bytes - row.memory_bytes, abs=4)
     assert (found.depth, found.horizon, found.recompute, found.how) == (8, horizon, recompute, "fake tensors")
@@ -143,6 +152,7 @@ def test_a_model_in_eval_mode_is_judged_as_it_will_be_trained():
         ({"stride": 2}, "stride=2: back-propagation has no windows"),
         ({"batch": (torch.ones(2, 3), torch.zeros(2, dtype=torch.long))}, "rejected a tuple of tensors"),
         ({"optimizer": "adam"}, "optimizer='adam'"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)}, "holds none of this model's"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

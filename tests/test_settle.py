@@ -164,7 +164,21 @@ def test_short_runs_have_a_price_of_their_own():
     quiet = planned(model, data, objective=hp.Weighted(1.0)).provenance["probing_steps"]
     told = planned(model, data, objective=hp.Weighted(1.0), rollout_steps=6).provenance["probing_steps"]
     assert {stage: told[stage] for stage in quiet} == quiet
-    assert told["short runs"] >= 12
+    assert told["short runs"] >= 12  # back-propagation and two strides, h < T dearer than half a step each
+
+
+def test_one_horizon_to_begin_with_is_not_enough_for_a_fit():
+    model, data = task(depth=12)
+    plan = planned(model, data, horizons=[3], objective=hp.Weighted(0.5), probe_steps=60)
+    assert len(plan.provenance["measured_horizons"]) >= 3
+    assert "cosine" in plan.curves
+    assert all(row.rate is not None for row in plan.rows if row.stride == 1)
+
+
+def test_what_cannot_miss_is_no_test():
+    model, data = task(depth=12)
+    plan = planned(model, data[:1], horizons=None, objective=hp.MemoryLimit("1GiB"), batches=1)
+    assert [test.quantity for test in plan.held_out] == ["memory"]  # three points, three coefficients: no interval
 
 
 def test_the_budget_is_kept_and_a_larger_one_settles_more():

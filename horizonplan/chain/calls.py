@@ -7,7 +7,7 @@ whether (and how often) the module really runs. ``forward`` and the hooks are ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -118,6 +118,16 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 def rng_devices(model: nn.Module) -> list[int]:
     """CUDA devices whose random state the model's operations may advance."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextmanager
+def seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
+    """Torch's generators of the CPU and of these CUDA devices seeded, and brought back; no other is touched."""
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
 
 
 class Ambient:

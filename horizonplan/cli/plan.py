@@ -33,7 +33,7 @@ def plan(
     node_memory: Annotated[str | None, Option(help=NODE)] = None,
     ladder: Annotated[bool, Option("--ladder", help="Pay for whole nodes, not in proportion.")] = False,
     candidates: Annotated[str, Option(help="horizons, or all: checkpointing may be chosen too.")] = "horizons",
-    horizons: Annotated[str | None, Option(help="Where to measure: 1,3,6. Default: five, evenly spread.")] = None,
+    horizons: Annotated[str | None, Option(help="Where to measure: 1,3,6. Default: where it counts.")] = None,
     strides: Annotated[str, Option(help="Strides to weigh; horizon: disjoint windows.")] = "1,horizon",
     rollout_steps: Annotated[int, Option(help="Steps of the short runs that compare strides; 0: none.")] = 50,
     batches: Annotated[int, Option(help="Batches to measure cosines on.")] = 4,

@@ -8,7 +8,7 @@ under :func:`on_host` and does not count.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from horizonplan.batch import nbytes, take
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.units import format_bytes
+
+_END = object()
 
 
 class Budget(LiveBytes):  # type: ignore[no-untyped-call]
@@ -35,9 +38,9 @@ class Budget(LiveBytes):  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
 
-    def hold(self, *groups: Any) -> None:
-        """Count tensors that were made elsewhere (weights, batches) as being on the card."""
-        self.held_bytes = own_bytes(*groups)
+    def hold(self, *groups: Any, batch: Any = None) -> None:
+        """Count tensors that were made elsewhere as being on the card: weights, and one batch at a time."""
+        self.held_bytes = own_bytes(*groups) + nbytes(batch)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.live
@@ -57,25 +60,43 @@ def on_host() -> Iterator[None]:
         yield
 
 
+def each(data: Iterable[Any]) -> Iterator[Any]:
+    """Batches as a loader makes them in the host's memory."""
+    batches = iter(data)
+    while True:
+        with on_host():
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
+def taken(data: Iterable[Any], count: int) -> list[Any]:
+    """The first ``count`` batches, in the host's memory; see :func:`horizonplan.batch.take`."""
+    with on_host():
+        return take(data, count)
+
+
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy in the host's memory."""
     with on_host():
         return tensor.detach().to("cpu", copy=True)
 
 
-def available_bytes(device: torch.device, own: int) -> int | None:
+def available_bytes(device: torch.device, own: int | None = None) -> int | None:
     """Bytes that a step may occupy on a CUDA device now; ``None`` elsewhere (no limit).
 
     Args:
         device: the device.
-        own: bytes of tensors there that belong to the step. What else this process keeps there is not available.
+        own: bytes of tensors there that belong to the step; ``None``: all of this process's. What else it keeps there
+            is not available.
     """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     ask = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # not in older torch
     reserved = torch.cuda.memory_reserved(device)
-    others = max(0, torch.cuda.memory_allocated(device) - own)
+    others = 0 if own is None else max(0, torch.cuda.memory_allocated(device) - own)
     return min(free + reserved, int(ask(device) * total)) - others
 
 

@@ -14,6 +14,7 @@ from horizonplan.batch import move
 from horizonplan.chain import Chain
 from horizonplan.probes.cosine import Recompute, never
 from horizonplan.probes.memory import step
+from horizonplan.probes.pieces import check_pieces
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, seed_all, trainable
 from horizonplan.schedule import Schedule
@@ -61,6 +62,9 @@ def rollout(
     if steps < 1:
         raise ValueError(f"steps={steps!r}: give a whole number >= 1.")
     order = [batches[i % len(batches)] for i in range(steps)]
+    if micro_batches > 1:
+        for batch in batches:
+            check_pieces(chain, move(batch, chain.device), micro_batches)
     tail = max(1, steps // TAIL)
     with restored(chain), torch.no_grad():
         seed_all(chain, seed)

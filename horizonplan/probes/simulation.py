@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_iter
 
 from horizonplan.batch import mapped
 from horizonplan.probes.budget import on_host
-from horizonplan.probes.steady import Optimize, optimizer_for
+from horizonplan.probes.steady import Optimize, check_optimizer, optimizer_for
 
 _NEEDS_VALUES = (
     DataDependentOutputException,
@@ -87,7 +87,9 @@ class Simulation:
                     {**group, "params": [self._twins[id(p)][1] for p in group["params"] if id(p) in self._twins]}
                     for group in given.param_groups
                 ]
-                made = type(given)(groups)  # type: ignore[call-arg]
+                made = type(given)(groups) if any(g["params"] for g in groups) else None  # type: ignore[call-arg]
+                check_optimizer(made, parameters, given)
+                assert made is not None
             else:
                 made = optimizer_for(parameters, given)
             return all_at_once(made)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from horizonplan.batch import ComputeLoss, call, model_inputs, move, output_tensor, target_of
 from horizonplan.chain.calls import training_mode
+from horizonplan.probes.budget import each
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def evaluate(
     """
     losses, sizes, hits, counted = 0.0, 0, 0, 0
     with training_mode(model, False):
-        for batch in data:
+        for batch in each(data):
             batch = move(batch, device)
             target = target_of(batch)
             size = len(target) if isinstance(target, Tensor) and target.ndim else 1

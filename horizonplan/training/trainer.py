@@ -16,13 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, batch_size, move, resolve_loss, take
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, batch_size, move, resolve_loss
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import rng_devices, training_mode
+from horizonplan.chain.calls import rng_devices, seeded, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.devices import parse_device
 from horizonplan.plan import Plan
-from horizonplan.probes.budget import Budget
+from horizonplan.probes.budget import Budget, each, taken
 from horizonplan.probes.steady import check_optimizer, optimizer_for, standing_bytes
 from horizonplan.probes.tracker import LiveBytes
 from horizonplan.progress import Progress, reporter
@@ -117,15 +117,14 @@ def train(
     place = _place(model, device if card is None else "cpu")
     loader = as_loader(data, shuffle=True, seed=seed)
     with (
-        torch.random.fork_rng(devices=rng_devices(model)),
+        seeded(seed, rng_devices(model)),
         training_mode(model),
         nullcontext() if card is None else Budget(card.memory_bytes) as budget,
     ):
-        torch.manual_seed(seed)
-        first = take(loader, 1, place)[0]
+        first = move(taken(loader, 1)[0], place)
         val_loader = None if val_data is None else as_loader(val_data, batch_size=batch_size(first) or 32)
         if budget is not None:
-            budget.hold(list(model.parameters()), list(model.buffers()), first)
+            budget.hold(list(model.parameters()), list(model.buffers()), batch=first)
         if plan is not None:
             chain = plan.chain(model, first, loss, compute_loss, projection)
             method: Algorithm = Fixed(plan.schedule)
@@ -192,7 +191,7 @@ def _loop(
     for epoch in range(epochs):
         losses = []
         started = time.perf_counter()
-        for batch in loader:
+        for batch in each(loader):
             try:
                 losses.append(run.step(move(batch, run.place)))
             except FloatingPointError as error:
