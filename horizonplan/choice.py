@@ -140,8 +140,8 @@ def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost
     rate = "unknown" if chosen.rate is None else f"{chosen.rate:.3f}"
     if chosen.fits is False:
         return [
-            f"The choice does not fit the device: {format_bytes(chosen.device_bytes or chosen.memory_bytes)} are too much, "
-            f"or memory ran out when it was measured. {advice}"
+            f"The choice does not fit the device: it needs {format_bytes(chosen.device_bytes or chosen.memory_bytes)}, "
+            f"or ran out of memory when it was measured. {advice}"
         ]
     return [
         f"The choice misses the objective ({objective.describe()}): its rate is {rate} ({chosen.rate_source}) and it "

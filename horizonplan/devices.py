@@ -42,6 +42,16 @@ class Card:
     memory_bytes: int
 
 
+def check_calibration(calibration: object) -> None:
+    """See that it is one.
+
+    Raises:
+        ValueError: it is something else, the name of a file, say.
+    """
+    if not isinstance(calibration, Calibration):
+        raise ValueError(f"calibration={calibration!r}: give a Calibration, such as Calibration.load('card.json').")
+
+
 def parse_device(device: str | torch.device | None) -> Card | None:
     """A described card, or ``None`` for anything else: a real device, or none given.
 

@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from horizonplan.batch import ComputeLoss, LossFunction, batch_size, nbytes, resized, resolve_loss
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import training_mode
 from horizonplan.chain.chain import checked_run, refuse_wrappers
-from horizonplan.devices import ASSUMED, Calibration
+from horizonplan.devices import ASSUMED, Calibration, check_calibration
 from horizonplan.probes.memory import step
 from horizonplan.probes.simulation import Simulation, SimulationError, all_at_once, simulated
-from horizonplan.probes.steady import Optimize, make_state, optimizer_for, restored, standing_bytes, trainable
+from horizonplan.probes.steady import Optimize, make_state, optimizer_for, restored
 from horizonplan.probes.tracker import LiveBytes, own_bytes
 from horizonplan.projection import Projection
 from horizonplan.schedule import Schedule
@@ -85,7 +86,8 @@ class Fits:
             f"margin for what cannot be predicted ({self.margin_source})": self.margin_bytes,
         }
         verdict = "fits" if self.ok else f"does not fit: {format_bytes(needed - self.device_bytes)} too much for"
-        lines = [f"{what}, {self.batch_size or 'an unknown number of'} samples a batch: predicted from {self.how}"]
+        size = {None: "an unknown number of samples", 1: "1 sample"}.get(self.batch_size, f"{self.batch_size} samples")
+        lines = [f"{what}, {size} a batch: predicted from {self.how}"]
         lines += [f"  {format_bytes(size):>10}  {name}" for name, size in parts.items()]
         return "\n".join([*lines, f"  {format_bytes(needed):>10}  in all; {verdict} {format_bytes(self.device_bytes)}"])
 
@@ -144,13 +146,14 @@ def fits(
 
     Raises:
         SimulationError: the flow depends on values, and the model has none (it is on ``meta``).
-        ChainError: the model is no chain, and a horizon was asked for, or its flow depends on values.
+        ChainError: the model is no chain, and a horizon was asked for.
         ValueError: bad arguments, or the model rejects the batch.
 
     >>> verdict = fits(nn.Linear(1024, 1024), (torch.ones(8, 1024), torch.ones(8, 1024)), "1GiB")
     >>> verdict.ok, verdict.optimizer_bytes >= 2 * verdict.parameter_bytes
     (True, True)
     """
+    check_calibration(calibration)
     asked = _Asked(model, horizon, stride, recompute, optimizer, loss, compute_loss, blocks, projection)
     memory = parse_bytes(device_memory, "device_memory")
     return asked.answer(batch, lambda trial: trial(batch, memory, calibration))
@@ -197,6 +200,7 @@ def sweep(
         raise ValueError("batch: its tensors share no first dimension, so there is no batch size to search over.")
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ValueError(f"limit={limit!r}: give a whole number of samples >= 1.")
+    check_calibration(calibration)
     asked = _Asked(model, horizon, stride, recompute, optimizer, loss, compute_loss, blocks, projection)
 
     def search(trial: Trial) -> Sweep:
@@ -253,7 +257,7 @@ class _Asked:
             except SimulationError:
                 if any(p.is_meta for p in self.model.parameters()):
                     raise
-            chain = self._chain(batch)
+            chain = None if plain else self._chain(batch)
             return use(partial(self._trial, chain, partial(self._real_step, chain), REAL))
 
     def _chain(self, batch: Any) -> Chain:
@@ -294,34 +298,34 @@ class _Asked:
         )
 
     def _fake_step(self, chain: Chain | None, simulation: Simulation, batch: Any) -> tuple[int, int]:
+        return self._step(chain, simulation.batch(batch), simulation.optimizer(self.optimizer))
+
+    def _real_step(self, chain: Chain | None, batch: Any) -> tuple[int, int]:
+        """The same with values, where they are needed; everything is restored."""
+        with restored(self, weights=True):
+            return self._step(chain, batch, lambda params: all_at_once(optimizer_for(params, self.optimizer)))
+
+    def _step(self, chain: Chain | None, batch: Any, make: Callable[[Any], Optimizer]) -> tuple[int, int]:
         """Peak bytes of a step, and the bytes alive when it begins."""
-        given = simulation.batch(batch)
-        made = simulation.optimizer(self.optimizer)([p for p in self.model.parameters() if p.requires_grad])
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("model: no parameter requires a gradient; unfreeze one.")
+        made = make(parameters)
+        run: Callable[[], object] = partial(self._plain, batch, made)
         if chain is None:
             make_state(made)
         else:  # brings the state, and all else that outlives a step
-            step(chain, given, Schedule.horizon(chain.depth, 1), made)
+            step(chain, batch, Schedule.horizon(chain.depth, 1), made)
             made.zero_grad(set_to_none=True)
+            run = partial(step, chain, batch, self._schedule(chain), made)
         standing = own_bytes(list(self.model.parameters()), list(self.model.buffers()), dict(made.state))
-        standing += nbytes(given)
+        standing += nbytes(batch)
         with LiveBytes() as tracker:
-            if chain is None:
-                compute = resolve_loss(self.loss, self.compute_loss)
-                torch.autograd.backward(checked_run(self.model, given, compute)())
-                made.step()
-            else:
-                step(chain, given, self._schedule(chain), made)
+            run()
         made.zero_grad(set_to_none=True)
         return standing + tracker.peak, standing
 
-    def _real_step(self, chain: Chain, batch: Any) -> tuple[int, int]:
-        """The same with values, where they are needed; everything is restored."""
-        schedule = self._schedule(chain)
-        with restored(chain, weights=True):
-            made = all_at_once(optimizer_for(trainable(chain), self.optimizer))
-            step(chain, batch, Schedule.horizon(chain.depth, 1), made)
-            made.zero_grad(set_to_none=True)
-            standing = standing_bytes(chain, made, batch)
-            with LiveBytes() as tracker:
-                step(chain, batch, schedule, made)
-        return standing + tracker.peak, standing
+    def _plain(self, batch: Any, optimizer: Optimizer) -> None:
+        compute = resolve_loss(self.loss, self.compute_loss)
+        torch.autograd.backward(checked_run(self.model, batch, compute)())
+        optimizer.step()

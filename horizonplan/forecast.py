@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import as_loader, take
+from horizonplan.batch import as_loader, take, tensors
 from horizonplan.candidates import schedule_of
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import training_mode
@@ -29,7 +29,7 @@ from horizonplan.probes import cosine, profile
 from horizonplan.probes.memory import largest, stride_of
 from horizonplan.probes.simulation import simulated
 from horizonplan.probes.steady import Optimize
-from horizonplan.provenance import circumstances
+from horizonplan.provenance import circumstances, varying
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes
 
@@ -84,6 +84,7 @@ def forecast(
     chosen = choose_horizon(rows, judge.objective, price)
     rows, chosen = _with_stride(rows, chosen, here)
     margin = calibration.margin_bytes(step_bytes(schedule_of(chosen, chain.depth), costs))
+    notes += varying(sample)
     notes += [
         f"Predicted for a card of {format_bytes(card.memory_bytes)} that was not there, with {format_bytes(margin)} "
         f"({calibration.card}) for context, workspaces and fragmentation. Nothing was measured; strides were not tried."
@@ -98,11 +99,7 @@ def forecast(
         block_names=chain.names,
         blocks=how["blocks"] if how["blocks"] is None or isinstance(how["blocks"], str) else tuple(how["blocks"]),
         notes=(*notes, *shortfall_notes(rows, chosen, judge.objective, price)),
-        provenance={
-            **told,
-            "memory_counts": "nvml" if judge.room.as_memory else "allocated",
-            "margin": calibration.to_dict(),
-        },
+        provenance={**told, "memory_counts": counts, "margin": calibration.to_dict()},
     )
 
 
@@ -139,6 +136,8 @@ def _cosines(
     with training_mode(model):
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
         few = take(as_loader(data), batches, place)
+        if any(t.is_meta for t in tensors(few[0])):
+            raise ValueError("cosine_from: the batches are on 'meta' and have no values; give a pair (model, data).")
         chain = Chain.from_model(model, few[0], loss=how["loss"], compute_loss=how["compute_loss"])
         found = cosine(chain, few, first_horizons(None, chain.depth))
     points = [(s.horizon, c) for s in found for c in s.detail["per_batch"]]

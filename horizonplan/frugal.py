@@ -66,9 +66,10 @@ class Frugal:
         assert self.limit_bytes is not None
         ways = [f"checkpointing every {k} blocks" if k > 1 else "checkpointing every block"] if k else []
         ways += [f"accumulating over {self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
+        excess = step_bytes(exact, self.profile) - self.limit_bytes
         return (
-            f"Back-propagation needs {format_bytes(step_bytes(exact, self.profile))} a step, and "
-            f"{format_bytes(self.limit_bytes)} are there: the exact gradient was computed by {' and '.join(ways)}."
+            f"Back-propagation needs {format_bytes(excess)} more than the {format_bytes(self.limit_bytes)} that are "
+            f"there: the exact gradient was computed by {' and '.join(ways)}."
         )
 
 

@@ -229,9 +229,12 @@ more horizons and batches
         return min(feasible, key=_rank)
     nearest = min(candidates, key=lambda row: (row.fits is False, _shortfall(row, objective), *_rank(row)))
     rate = "unknown" if nearest.rate is None else f"{nearest.rate:.4g}"
+    needed = nearest.memory_bytes if nearest.device_bytes is None else nearest.device_bytes
+    margin = needed - nearest.memory_bytes
     raise InfeasibleError(
         f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
-        f"{nearest.stride}, has rate {rate} and needs {format_bytes(nearest.device_bytes or nearest.memory_bytes)}"
+        f"{nearest.stride}, has rate {rate} and needs {format_bytes(needed)}"
+        f"{f' ({format_bytes(margin)} of them for context and margin)' if margin > 0 else ''}"
         f"{_TOO_LARGE if nearest.fits is False else f': {objective.remedy}'}",
         nearest,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes, signature
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes
 from horizonplan.candidates import Room
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, seeded, training_mode
@@ -21,7 +20,7 @@ from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.choice import Judge, choose_horizon, shortfall_notes
 from horizonplan.cost import Cost
 from horizonplan.decide import decide_memory, decide_stride
-from horizonplan.devices import ASSUMED, Calibration, Card, parse_device
+from horizonplan.devices import ASSUMED, Calibration, Card, check_calibration, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
 from horizonplan.objective import AccuracyConstraint, Objective
@@ -34,7 +33,7 @@ from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
 from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
-from horizonplan.provenance import circumstances, measurements
+from horizonplan.provenance import circumstances, measurements, varying
 from horizonplan.settle import settle
 
 logger = logging.getLogger("horizonplan")
@@ -110,6 +109,7 @@ def plan_horizon(
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
     _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
+    check_calibration(calibration)
     refuse_wrappers(model)
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
     how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
@@ -163,7 +163,7 @@ def plan_horizon(
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
     told = (*found.notes, *decision.notes, *probing.notes())
-    notes = (*_varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
+    notes = (*varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
     spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
     logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)
     return Plan(
@@ -211,19 +211,6 @@ def _check(
             raise ValueError(f"{name}={count!r}: give a whole number >= {least}.")
     if isinstance(probe_steps, bool) or not isinstance(probe_steps, int | float) or not probe_steps >= 0:
         raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
-
-
-def _varying(sample: Sequence[Any]) -> list[str]:
-    """A warning, and a note, where batches differ in shape: memory is that of the largest *seen*."""
-    shapes = {tuple(shape[1:] for shape, _ in signature(batch)) for batch in sample}
-    if len(shapes) < 2:
-        return []
-    note = (
-        f"The first {len(sample)} batches have samples of {len(shapes)} different shapes: memory was measured on the "
-        "largest of them, and a larger batch needs more. Plan with the largest batch you will train on."
-    )
-    warnings.warn(note, UserWarning, stacklevel=3)
-    return [note]
 
 
 def _node_bytes(place: torch.device, card: Card | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,19 @@ def measurements(samples: Sequence[Sample], rolled: Sequence[Sample]) -> dict[st
     }
     on_device = [[s.horizon, s.stride, dict(s.detail)] for s in memory if "nvml" in s.detail]
     return told | ({"memory_detail": on_device} if on_device else {})
+
+
+def varying(sample: Sequence[Any]) -> list[str]:
+    """A warning, and a note, where batches differ in shape: memory is that of the largest *seen*."""
+    shapes = {tuple(shape[1:] for shape, _ in signature(batch)) for batch in sample}
+    if len(shapes) < 2:
+        return []
+    note = (
+        f"The first {len(sample)} batches have samples of {len(shapes)} different shapes: memory is that of the "
+        "largest of them, and a larger batch needs more. Plan with the largest batch you will train on."
+    )
+    warnings.warn(note, UserWarning, stacklevel=3)
+    return [note]
 
 
 def _finite(value: Any) -> Any:

@@ -132,7 +132,7 @@ def judged(*words, memory="1GiB", **options):
 
 
 def fails_in_one_line(*words, **options):
-    result = run(*words, code=1, **options)
+    result = run(*words, code=2, **options)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ")
@@ -328,5 +328,5 @@ def test_as_a_process_a_rejected_batch_is_one_line():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = ["--device-memory", "1GiB"]
     done = subprocess.run([*command, *words], env=environment, text=True, capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1

@@ -130,7 +130,8 @@ def test_a_model_that_reads_values_runs_on_the_cpu_if_it_has_any():
         found = hp.fits(model, batch, "1GiB", horizon)
         assert found.how == "a run on the CPU"
         measured = hp.probes.memory(chain, [batch], [horizon or 3], optimizer=at_once)
-        assert found.predicted_bytes == measured[0].value
+        assert found.predicted_bytes <= measured[0].value  # plain back-propagation may keep a state less
+        assert horizon is None or found.predicted_bytes == measured[0].value
     with pytest.raises(hp.SimulationError, match="needs values"):
         hp.fits(Reads().to("meta"), batch, "1GiB")
 

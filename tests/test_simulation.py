@@ -90,6 +90,39 @@ def test_operators_keep_for_their_backward_what_cuda_keeps():
     assert kept_bytes(attention, x) > 3 * 4 * rows * 16  # on CPU, several such matrices
 
 
+def test_attention_inside_torch_s_own_modules_is_cuda_s_too():
+    attention = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True)
+    x = torch.zeros(4, 256, 64)
+    with simulated(attention) as simulation:
+        q = simulation.batch(x).requires_grad_()
+        fused = kept_bytes(lambda q: attention(q, q, q, need_weights=False)[0], q)
+    scores = 4 * 4 * 256 * 256 * 4
+    assert fused < scores  # not one matrix of them, where the CPU keeps several
+    assert kept_bytes(lambda q: attention(q, q, q, need_weights=False)[0], x.requires_grad_()) > 2 * scores
+    assert F.dropout.__module__ == "torch.nn.functional"  # put back
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_for_cuda_works_without_a_card(dtype):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    kept = {}
+    with simulated(model) as simulation:
+        x = simulation.batch(torch.zeros(512, 64))
+        for kind in ("cuda", "cpu"):
+            with torch.autocast(kind, dtype):
+                kept[kind] = kept_bytes(model, x)
+        plain = kept_bytes(model, x)
+    assert kept["cuda"] == kept["cpu"] < plain
+    assert torch.backends.mkldnn.enabled
+
+
+def test_what_recurrent_layers_keep_is_counted():
+    model, x = nn.LSTM(32, 32, batch_first=True), torch.zeros(8, 50, 32)
+    with simulated(model) as simulation:
+        kept = kept_bytes(lambda q: model(q)[0], simulation.batch(x))
+    assert kept > 5 * 8 * 50 * 32 * 4  # four gates and a cell a step
+
+
 def test_dropout_that_draws_nothing_keeps_nothing():
     with simulated(nn.Identity()) as simulation:
         q = simulation.batch(torch.zeros(64)).requires_grad_()

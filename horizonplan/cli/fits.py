@@ -37,7 +37,7 @@ def fits(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Predict the memory of a training step. Exit code 0 if it fits the card, 1 if it does not.
+    """Predict the memory of a training step. Exit code 0 if it fits the card, 1 if not, 2 for an error.
 
     No card is needed, and MODEL is made without its values, on the device meta, where that can be. --json prints the
     verdict's fields; with --sweep also largest, smallest_too_large (null: none is), and tried, a list of batch_size,

@@ -40,8 +40,8 @@ Json = Annotated[bool, Option("--json", help="Print one JSON object on standard 
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 
 
-def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a command's errors into one line and exit code 1; with its option ``--debug`` they pass unchanged."""
+def in_one_line(command: Callable[..., None], code: int = 1) -> Callable[..., None]:
+    """Turn a command's errors into one line and an exit code; with its option ``--debug`` they pass unchanged."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -53,7 +53,7 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
             if options["debug"]:
                 raise
             typer.echo(f"error: {_in_words(error)}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(code) from error
 
     return run
 

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_iter
 
 from horizonplan.batch import mapped
 from horizonplan.probes.budget import on_host
-from horizonplan.probes.steady import Optimize, check_optimizer, optimizer_for
+from horizonplan.probes.steady import Optimize, check_optimizer, like, optimizer_for
 
 _NEEDS_VALUES = (
     DataDependentOutputException,
@@ -87,9 +87,9 @@ class Simulation:
                     {**group, "params": [self._twins[id(p)][1] for p in group["params"] if id(p) in self._twins]}
                     for group in given.param_groups
                 ]
-                made = type(given)(groups) if any(g["params"] for g in groups) else None  # type: ignore[call-arg]
-                check_optimizer(made, parameters, given)
-                assert made is not None
+                if not any(group["params"] for group in groups):
+                    check_optimizer(given, parameters, given)  # of another model, and this says so
+                made = like(given, groups)
             else:
                 made = optimizer_for(parameters, given)
             return all_at_once(made)
@@ -127,7 +127,7 @@ def simulated(model: nn.Module, cuda: bool = True) -> Iterator[Simulation]:
                         saved.append((home, name, value))
                         home[name] = simulation.twin(value)
             integers: Any = _IntegersAreReal()  # type: ignore[no-untyped-call]
-            with integers, _KeepsAsCuda() if cuda else nullcontext():
+            with integers, _as_on_cuda() if cuda else nullcontext():
                 yield simulation
     except Exception as error:
         cause = _first_cause(error)
@@ -188,6 +188,41 @@ def _makes_small_integers(func: Any, args: Any, kwargs: Any) -> bool:
     return (dtype in _INTEGERS or filled in (int, bool)) and math.prod(sizes) <= _SMALL
 
 
+_DROPOUT, _ATTENTION, _RMS_NORM = F.dropout, F.scaled_dot_product_attention, F.rms_norm
+_AUTOCAST = torch.autocast.__init__
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace or not training or not 0 < p < 1:
+        return _DROPOUT(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+) -> Tensor:
+    return _ATTENTION(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    return torch.native_layer_norm(input, list(normalized_shape), weight, None, 1e-6 if eps is None else eps)[0]
+
+
+def _autocast(self: torch.autocast, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+    if device_type == "cuda":
+        device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
+    _AUTOCAST(self, device_type, dtype, *args, **kwargs)
+
+
+_REPLACED = {
+    F.dropout: _dropout,
+    torch.dropout: lambda input, p, train: _dropout(input, p, train),
+    F.scaled_dot_product_attention: _attention,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+}
+
+
 class _KeepsAsCuda(TorchFunctionMode):
     """Operators that keep for their backward what CUDA's kernels keep.
 
@@ -197,30 +232,32 @@ class _KeepsAsCuda(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func in (F.rms_norm, torch.rms_norm):
-            return _rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if inplace or not training or not 0 < p < 1:
-        return F.dropout(input, p, training, inplace)
-    return torch.native_dropout(input, p, True)[0]
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """CUDA's terms: its kernels, its autocast, and recurrent layers whose states show.
 
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
-) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
-
-
-def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
-    return torch.native_layer_norm(input, normalized_shape, weight, None, 1e-6 if eps is None else eps)[0]
+    The replaced functions are also put where torch's own Python looks for them (inside
+    ``multi_head_attention_forward`` no function mode is active).
+    """
+    places: list[tuple[Any, str, Any]] = [
+        (F, "dropout", _dropout),
+        (F, "scaled_dot_product_attention", _attention),
+        (F, "rms_norm", _rms_norm),
+        (torch.autocast, "__init__", _autocast),
+        (torch.backends.mkldnn, "enabled", False),  # its LSTM's fake keeps nothing; step by step, gates and cells show
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, value in places:
+            setattr(owner, name, value)
+        with _KeepsAsCuda():
+            yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from horizonplan.probes.budget import host_copy
 from horizonplan.probes.tracker import own_bytes
 
 Optimize = Callable[[Any], Optimizer] | Optimizer
+
+
+class HasModel(Protocol):
+    """A chain, or anything else around a model."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
 
 
 def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) -> Optimizer:
@@ -33,11 +41,26 @@ def optimizer_for(parameters: list[nn.Parameter], optimizer: Optimize | None) ->
     if optimizer is None:
         return torch.optim.AdamW(parameters, lr=1e-3)
     if isinstance(optimizer, Optimizer):
-        made: Any = type(optimizer)([dict(group) for group in optimizer.param_groups])  # type: ignore[call-arg]
+        made: Any = like(optimizer, [dict(group) for group in optimizer.param_groups])
     else:
         made = optimizer(parameters) if callable(optimizer) else None
     check_optimizer(made, parameters, optimizer)
     return made  # type: ignore[no-any-return]
+
+
+def like(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """A fresh optimiser of the same class over parameter groups with their settings.
+
+    Raises:
+        ValueError: the class cannot be made from its groups alone.
+    """
+    try:
+        return type(optimizer)(groups)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer: no second {type(optimizer).__name__} can be made from its parameter groups ({error}); give "
+            "callable(params) -> Optimizer."
+        ) from error
 
 
 def make_state(optimizer: Optimizer) -> None:
@@ -67,7 +90,7 @@ def check_optimizer(optimizer: object, parameters: list[nn.Parameter], given: ob
 
 
 @contextmanager
-def restored(chain: Chain, weights: bool = False) -> Iterator[None]:
+def restored(chain: HasModel, weights: bool = False) -> Iterator[None]:
     """Bring buffers, gradients, random state and (``weights``) parameters back, whatever happens inside.
 
     The copies are in the host's memory. Gradients start as ``None``, and post-accumulate hooks of the
@@ -110,12 +133,12 @@ def seed_all(chain: Chain, seed: int) -> None:
         torch.cuda.default_generators[device].manual_seed(seed)
 
 
-def random_state(chain: Chain) -> list[Tensor]:
+def random_state(chain: HasModel) -> list[Tensor]:
     """State of torch's generators: the CPU's, then those of the model's CUDA devices."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in rng_devices(chain.model))]
 
 
-def set_random_state(chain: Chain, states: list[Tensor]) -> None:
+def set_random_state(chain: HasModel, states: list[Tensor]) -> None:
     """Set what ``random_state`` returned."""
     torch.set_rng_state(states[0])
     for device, state in zip(rng_devices(chain.model), states[1:], strict=True):
