@@ -24,8 +24,15 @@ from horizonplan.objective import Objective
 from horizonplan.projection import Projection
 from horizonplan.rows import Row
 from horizonplan.schedule import Schedule
+from horizonplan.units import format_bytes
 
 SCHEMA_VERSION = 1
+
+
+def _named(device: str) -> str:
+    """A device in words; described cards have their bytes in their name."""
+    kind, _, size = device.partition(":")
+    return f"{kind}:{format_bytes(int(size)).replace(' ', '')}" if kind == "simulated" else device
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Plan:
         """The table and the choice in plain words."""
         known = self.provenance
         word = "Predicted for" if known.get("margin") else "Measured with"
-        how = f"{word} {known['optimizer']} on {known['device']}, tensors of a batch: " if known else ""
+        how = f"{word} {known['optimizer']} on {_named(known['device'])}, tensors of a batch: " if known else ""
         how += ", ".join(str(tuple(shape)) for shape, _ in known["batch"]) + "." if known else ""
         if "probing_steps" in known:
             how += " " + probing_in_words(known["probing_steps"], known["probing_seconds"])

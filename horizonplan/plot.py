@@ -76,18 +76,20 @@ def _memory(axes: Any, plan: Drawable) -> None:
 def _cosine(axes: Any, plan: Drawable) -> None:
     (_, colour, rows), (_, other, disjoint) = _families(plan)
     measured = [r for r in rows if r.cosine_source == "measured"]
-    axes.errorbar(
-        [r.horizon for r in measured],
-        [r.cosine for r in measured],
-        [2 * (r.cosine_stderr or 0) for r in measured],
-        fmt="o", color=colour, capsize=2, label="cosine, measured (2 s.e.)",
-    )  # fmt: skip
+    if measured:
+        axes.errorbar(
+            [r.horizon for r in measured],
+            [r.cosine for r in measured],
+            [2 * (r.cosine_stderr or 0) for r in measured],
+            fmt="o", color=colour, capsize=2, label="cosine, measured (2 s.e.)",
+        )  # fmt: skip
     curve = plan.curves.get("cosine")
     if curve is not None:
         grid = [1 + i * (plan.depth - 1) / 100 for i in range(101)]
         axes.plot(grid, curve(grid), "-", color=colour, alpha=0.6, label="cosine, fitted (s = 1)")
     seen = [r for r in disjoint if r.cosine_source == "measured"]
-    axes.plot([r.horizon for r in seen], [r.cosine for r in seen], "s", color=other, label="cosine, s = h")
+    if seen:
+        axes.plot([r.horizon for r in seen], [r.cosine for r in seen], "s", color=other, label="cosine, s = h")
     rolled = [r for r in plan.rows if r.rate_source == "measured"]
     for row in rolled:
         axes.plot(
@@ -99,7 +101,11 @@ def _cosine(axes: Any, plan: Drawable) -> None:
             label=f"rate, s = {row.stride}",
         )
     axes.set(title="gradient cosine and measured rate")
-    axes.legend(fontsize=7, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
+    else:
+        axes.set(ylim=(0, 1.05))
+        axes.text(0.5, 0.5, "nothing known", transform=axes.transAxes, ha="center", color="0.5")
 
 
 def _objective(axes: Any, plan: Drawable) -> None:
