@@ -141,8 +141,9 @@ def plan_horizon(
                 chain.check(move(batch, place), f"batch {number}")
             return chain
 
-        if memory == "nvml" and (seen := read(place)).used_bytes is None and seen.process_bytes is None:
-            raise ValueError(f"memory='nvml': {FALLBACKS[seen.fallback or 'other']}; give memory='allocated'.")
+        driver = read(place)
+        if memory == "nvml" and driver.used_bytes is None and driver.process_bytes is None:
+            raise ValueError(f"memory='nvml': {FALLBACKS[driver.fallback or 'other']}; give memory='allocated'.")
         with fitting(place):
             chain, flops = counted_chain(make)
         places = first_horizons(horizons, chain.depth)
@@ -180,6 +181,7 @@ def plan_horizon(
             **circumstances(chain, probing.biggest, optimizer, seed, str(device if card else place)),
             **measurements(probing.samples, decision.rolled),
             "memory_counts": memory,
+            "nvml_fallback": driver.fallback,
             "probing_steps": spent,
             "probing_seconds": seconds,
         },

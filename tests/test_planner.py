@@ -434,3 +434,4 @@ def test_provenance_says_how_the_numbers_were_made():
         (r.horizon, r.stride): r.memory_bytes for r in plan.rows if r.stride == 1 and not r.recompute
     }
     assert told["probing_seconds"] > 0
+    assert (told["nvml_fallback"], told["memory_counts"]) == ("no gpu", "allocated")

@@ -206,6 +206,8 @@ def _peak_on_cuda(
         "nvml_bytes": nvml_bytes,
         "nvml": how,
         "nvml_fallback": seen.fallback,
+        "process_bytes": seen.process_bytes,
+        "driver_peak_bytes": seen.peak_bytes,
         "used_bytes": seen.used_bytes,
     }
     return base + torch.cuda.max_memory_allocated(device) - before, detail
@@ -286,13 +288,13 @@ def _fraction(device: torch.device) -> float | None:
 
 
 def _since(before: Reading, sample: Sample) -> Sample:
-    """NVML's bytes of a child that hid its own: what the device used more than before the child began."""
+    """What the device used more than before the child began: NVML's bytes of a child that hides its own."""
     used = sample.detail.get("used_bytes")
-    if sample.detail.get("nvml") in ("process", "driver peak") or used is None or before.used_bytes is None:
+    if used is None or before.used_bytes is None or used < before.used_bytes:  # another process let go of more
         return sample
-    if used < before.used_bytes:  # another process has let go of more
-        return sample
-    seen = {"nvml_bytes": used - before.used_bytes, "nvml": "device used minus baseline"}
+    seen: dict[str, Any] = {"used_more_bytes": used - before.used_bytes}
+    if sample.detail.get("nvml") not in ("process", "driver peak"):
+        seen |= {"nvml_bytes": used - before.used_bytes, "nvml": "device used minus baseline"}
     return replace(sample, detail={**sample.detail, **seen})
 
 
