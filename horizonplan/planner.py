@@ -128,24 +128,12 @@ def plan_horizon(
         training_mode(model),
         nullcontext() if card is None else Budget(card.memory_bytes) as budget,
     ):
-        sample = taken(loader, batches)
-        first = move(sample[0], place)
-        if budget is not None:
-            budget.hold(list(model.parameters()), list(model.buffers()), batch=largest(sample))
-        held = own_bytes(list(model.parameters()), list(model.buffers())) + nbytes(first)
-        limit = available_bytes(place, held) if budget is None else budget.limit_bytes
-
-        def make() -> Chain:
-            chain = Chain.from_model(model, first, **how)
-            for number, batch in enumerate(sample):
-                chain.check(move(batch, place), f"batch {number}")
-            return chain
-
-        driver = read(place)
+        sample, driver = taken(loader, batches), read(place)
         if memory == "nvml" and driver.used_bytes is None and driver.process_bytes is None:
             raise ValueError(f"memory='nvml': {FALLBACKS[driver.fallback or 'other']}; give memory='allocated'.")
-        with fitting(place):
-            chain, flops = counted_chain(make)
+        if budget is not None:
+            budget.hold(list(model.parameters()), list(model.buffers()), batch=largest(sample))
+        chain, limit, flops = _chain(model, sample, how, place, budget)
         places = first_horizons(horizons, chain.depth)
         for stride in strides:
             stride_of(stride, chain.depth)
@@ -213,6 +201,25 @@ def _check(
             raise ValueError(f"{name}={count!r}: give a whole number >= {least}.")
     if isinstance(probe_steps, bool) or not isinstance(probe_steps, int | float) or not probe_steps >= 0:
         raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
+
+
+def _chain(
+    model: nn.Module, sample: Sequence[Any], how: dict[str, Any], place: torch.device, budget: Budget | None
+) -> tuple[Chain, int | None, int]:
+    """The chain, what its steps may occupy on the device, and the FLOPs that seeing it took."""
+    first = move(sample[0], place)
+    held = own_bytes(list(model.parameters()), list(model.buffers())) + nbytes(first)
+    limit = available_bytes(place, held) if budget is None else budget.limit_bytes
+
+    def make() -> Chain:
+        chain = Chain.from_model(model, first, **how)
+        for number, batch in enumerate(sample):
+            chain.check(move(batch, place), f"batch {number}")
+        return chain
+
+    with fitting(place):
+        chain, flops = counted_chain(make)
+    return chain, limit, flops
 
 
 def _node_bytes(place: torch.device, card: Card | None) -> int | None:
