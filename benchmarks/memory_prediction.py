@@ -8,7 +8,7 @@ M(h) is the peak of one full AdamW step: parameters, buffers, optimiser state, b
 optimiser's temporaries. `probes.memory` measures it with the tracker of live storages. Small models, train mode, CPU.
 
 Table 1: the fold (one profile a model, then `predict.step_bytes`) at all h with s = 1 and s = h, without and with
-recomputing (every block, every 2), and the paper's line (`fit_memory` on the five horizons that `plan_horizon`
+recomputing (every block, every 2), and the paper's line (`fit_memory` on the four horizons that `plan_horizon`
 measures) at all h with s = 1. Errors in per cent of the measurement; "median worst", negative: too little.
 
 Table 2: the same beside other tools (see other_tools.py). "engine" is the measured step of horizonplan, with which the
@@ -37,7 +37,7 @@ import torch
 import transformers as tf
 
 from horizonplan import Chain, Schedule, fit_memory, probes
-from horizonplan.planner import _horizons
+from horizonplan.horizons import first_horizons
 from horizonplan.predict import step_bytes
 from horizonplan.probes.steady import optimizer_for, restored, trainable
 
@@ -110,8 +110,8 @@ def measure(name: str) -> Subject:
     Chain.from_model(model.train(), batch)  # the first call of anything is slow
     chain, finding = timed(lambda: Chain.from_model(model, batch))
     costs, profiling = timed(lambda: probes.profile(chain, batch, repeats=0))
-    few = _horizons(None, chain.depth)
-    samples, five = timed(lambda: probes.memory(chain, [batch], few))
+    few = first_horizons(None, chain.depth)
+    samples, measuring = timed(lambda: probes.memory(chain, [batch], few))
     measured = {
         (s.horizon, s.stride, k): round(s.value)
         for k in (0, 1, 2)
@@ -120,7 +120,7 @@ def measure(name: str) -> Subject:
     folded, folding = timed(
         lambda: {(h, s, k): step_bytes(Schedule.horizon(chain.depth, h, s, k), costs) for h, s, k in measured}
     )
-    seconds = {"step": step_seconds(chain, batch), "profile": finding + profiling, "line": finding + five}
+    seconds = {"step": step_seconds(chain, batch), "profile": finding + profiling, "line": finding + measuring}
     seconds["fold"] = folding / len(folded)
     line = fit_memory(few, [s.value for s in samples])
     return Subject(name, chain, batch, costs.base_bytes, measured, folded, line, seconds)
