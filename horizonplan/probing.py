@@ -106,21 +106,12 @@ class Probing:
         if self.unknown or not pairs:
             return []
         self.spent[stage] = self.spent.get(stage, 0.0) + self._cosine_price(pairs)
-        reason = ""
-        for way in self.frugal.levels(batch_size(self.biggest)):
-            try:
-                found, message = attempt(partial(self._cosine, pairs, way), self.chain.device)
-            except ValueError as error:
-                if way.micro_batches == 1:
-                    raise
-                reason = f"{reason}; {error}"
-                break
-            if found is not None:
-                self.samples += found
-                return found
-            reason, self.cosines = str(message), None
-        self.unknown = f"There is no exact gradient to compare with on this device: {reason}."
-        return []
+        found, reason = self._thriftily(lambda way: partial(self._cosine, pairs, way))
+        if found is None:
+            self.cosines, self.unknown = None, f"There is no exact gradient to compare with on this device: {reason}."
+            return []
+        self.samples += found
+        return found
 
     def rollout(self, batches: Sequence[Any], pairs: Sequence[tuple[int, int]], steps: int, seed: int) -> list[Sample]:
         """Short real runs, back-propagation among them; none where even the thriftiest way does not fit.
@@ -130,23 +121,34 @@ class Probing:
         every = [(self.chain.depth, 1), *pairs]
         self.spent.setdefault("short runs", 0.0)
         self.spent["short runs"] += steps * sum(self._flops(pair) for pair in every) / self.bp_flops
+
+        def run(way: Frugal) -> Callable[[], list[Sample]]:
+            runs = partial(probes.rollout, self.chain, batches, pairs, steps, self.optimizer, seed)
+            if way.limit_bytes is None:
+                return runs
+            return partial(runs, recompute=way.recompute, micro_batches=way.micro_batches)
+
+        found, reason = self._thriftily(run)
+        if found is None:
+            self.no_rates = (
+                f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
+            )
+        return found or []
+
+    def _thriftily(self, run: Callable[[Frugal], Callable[[], list[Sample]]]) -> tuple[list[Sample] | None, str]:
+        """What runs in the first way that does not run out of memory; or ``None`` and why there is none."""
         reason = ""
         for way in self.frugal.levels(batch_size(self.biggest)):
-            runs = partial(probes.rollout, self.chain, batches, pairs, steps, self.optimizer, seed)
-            if way.limit_bytes is not None:
-                runs = partial(runs, recompute=way.recompute, micro_batches=way.micro_batches)
             try:
-                found, message = attempt(runs, self.chain.device)
+                found, message = attempt(run(way), self.chain.device)
             except ValueError as error:
                 if way.micro_batches == 1:
                     raise
-                reason = f"{reason}; {error}"
-                break
+                return None, f"{reason}; {error}"
             if found is not None:
-                return found
+                return found, ""
             reason = str(message)
-        self.no_rates = f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
-        return []
+        return None, reason
 
     def notes(self) -> list[str]:
         """What to tell about what did not fit."""
