@@ -6,7 +6,7 @@ Stride 1 at every horizon is the paper's family, with back-propagation at h = T.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from horizonplan.curves import Curve
 from horizonplan.predict import step_bytes, step_flops, step_seconds
@@ -74,13 +74,14 @@ class Room:
 
     Attributes:
         limit_bytes: bytes that one process may have there; ``None``: no limit.
-        full: by stride, the smallest horizon at which memory ran out: from there on nothing fits.
+        too_large_bytes: predicted for the smallest step that ran out of memory: what is predicted to need as much
+            does not fit either.
         margin_bytes: what the device needs besides the bytes of tensors, from those; ``None``: nothing.
         as_memory: whether the table's memory is what the device needs, and not the bytes of tensors.
     """
 
     limit_bytes: int | None = None
-    full: Mapping[int, int] = field(default_factory=dict)
+    too_large_bytes: int | None = None
     margin_bytes: Callable[[int], int] | None = None
     as_memory: bool = False
 
@@ -91,8 +92,8 @@ class Room:
             needed = row.memory_bytes + self.margin_bytes(row.memory_bytes)
         least = row.memory_bytes if needed is None else needed
         fits = None if self.limit_bytes is None else least <= self.limit_bytes
-        if not row.recompute and row.horizon >= self.full.get(row.stride, math.inf):
-            fits = False
+        if self.too_large_bytes is not None and row.memory_source != "measured":
+            fits = fits is not False and row.memory_bytes < self.too_large_bytes
         row = replace(row, device_bytes=needed, fits=fits)
         if not self.as_memory or needed is None:
             return row

@@ -18,7 +18,7 @@ from horizonplan import probes
 from horizonplan.batch import batch_size, move
 from horizonplan.chain import Chain
 from horizonplan.frugal import Frugal
-from horizonplan.predict import step_flops
+from horizonplan.predict import step_bytes, step_flops
 from horizonplan.probes import Flops
 from horizonplan.probes.budget import recover
 from horizonplan.probes.child import out_of_memory
@@ -78,6 +78,11 @@ class Probing:
         return [s for s in self.samples if s.source == OUT_OF_MEMORY]
 
     @property
+    def too_large_bytes(self) -> int | None:
+        """What the smallest step that ran out of memory had been predicted to need; ``None`` if none did."""
+        return min((self._bytes((s.horizon, s.stride)) for s in self.full), default=None)
+
+    @property
     def failed(self) -> list[Sample]:
         """What crashed or took too long."""
         return [s for s in self.samples if s.source == FAILED]
@@ -87,9 +92,9 @@ class Probing:
         return self._memory_price([(horizon, 1)]) + self._cosine_price([(horizon, 1)])
 
     def memory(self, pairs: Sequence[tuple[int, int]], recompute: int = 0) -> list[Sample]:
-        """Measure peak bytes; above a horizon that ran out of memory, nothing is tried."""
-        full = {} if recompute else {s.stride: s.horizon for s in self.full}
-        wanted = [(h, s) for h, s in pairs if h < full.get(s, math.inf)]
+        """Measure peak bytes; what is predicted to need as much as a step that ran out of memory is not tried."""
+        too_large = math.inf if self.too_large_bytes is None else self.too_large_bytes
+        wanted = [pair for pair in pairs if self._bytes(pair, recompute) < too_large]
         found = []
         for stride in dict.fromkeys(s for _, s in wanted):
             at = [h for h, s in wanted if s == stride]
@@ -170,6 +175,9 @@ class Probing:
         self.frugal = way
         return found
 
+    def _bytes(self, pair: tuple[int, int], recompute: int = 0) -> int:
+        return step_bytes(Schedule.horizon(self.chain.depth, *pair, recompute), self.profile)
+
     def _flops(self, pair: tuple[int, int]) -> int:
         schedule = self.frugal.schedule(Schedule.horizon(self.chain.depth, *pair))
         return step_flops(schedule, self.profile)
@@ -202,7 +210,8 @@ def fitting(device: torch.device) -> Iterator[None]:
     if message is not None:
         recover(device)
         raise torch.OutOfMemoryError(
-            f"{message}. Not even one block at a time fits: give smaller batches or a larger device."
+            f"{message}. Planning takes one block at a time and needs little more than a step of h=1: give smaller "
+            "batches or a larger device."
         )
 
 

@@ -144,14 +144,14 @@ def _bytes(sample: Sample, judge: Judge) -> float:
 def _room(probing: Probing, judge: Judge) -> Room:
     """What the device has, and what it needs besides tensors: the largest gap that was measured, or an assumption."""
     limit, device = probing.frugal.limit_bytes, probing.chain.device
-    full = {s.stride: s.horizon for s in probing.full}
+    room = replace(judge.room, limit_bytes=limit, too_large_bytes=probing.too_large_bytes)
     if device.type != "cuda" or limit is None:
-        return replace(judge.room, limit_bytes=limit, full=full)
+        return room
     seen = read(device).process_bytes
     context = ASSUMED.context_bytes if seen is None else seen - torch.cuda.memory_reserved(device)
     gaps = [nvml - s.value for s in probing.samples if (nvml := s.detail.get("nvml_bytes")) is not None]
     margin = ASSUMED.margin_bytes if not gaps else partial(_largest, round(max(gaps)))
-    return replace(judge.room, limit_bytes=limit + max(0, context), margin_bytes=margin, full=full)
+    return replace(room, limit_bytes=limit + max(0, context), margin_bytes=margin)
 
 
 def _largest(gap: int, memory_bytes: int) -> int:

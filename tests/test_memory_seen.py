@@ -95,7 +95,7 @@ class Told:
     """As much of a Probing as the room of a CUDA device is made from."""
 
     def __init__(self, samples):
-        self.samples, self.full = samples, []
+        self.samples, self.full, self.too_large_bytes = samples, [], None
         self.frugal = type("Frugal", (), {"limit_bytes": 1000})()
         self.chain = type("Chain", (), {"device": torch.device("cuda", 0)})()
 

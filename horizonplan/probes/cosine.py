@@ -26,7 +26,7 @@ CHUNK = 2**20
 HOST_SHARE = 0.25
 
 Recompute = Callable[[Schedule], int]
-Exact = tuple[dict[nn.Parameter, Tensor], Tensor]
+Exact = tuple[dict[nn.Parameter, Tensor], float]
 
 
 def never(schedule: Schedule) -> int:
@@ -118,7 +118,7 @@ class Cosines:
             self.kept[number] = found, loss
         return found, loss
 
-    def _gradient(self, number: int, schedule: Schedule) -> Tensor:
+    def _gradient(self, number: int, schedule: Schedule) -> float:
         chain = self.chain
         for p in chain.parameters():
             p.grad = None
@@ -126,11 +126,9 @@ class Cosines:
         schedule = replace(schedule, recompute=self.recompute(schedule))
         with scratch_buffers(chain.model.modules()):
             batch = move(self.batches[number], chain.device)
-            loss = gradient(chain, batch, schedule, self.micro_batches)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"loss is {loss.item()} on batch {number}: check the data and the model's initial weights."
-            )
+            loss = gradient(chain, batch, schedule, self.micro_batches).item()
+        if not math.isfinite(loss):
+            raise ValueError(f"loss is {loss} on batch {number}: check the data and the model's initial weights.")
         return loss
 
 
@@ -173,14 +171,14 @@ def _angles(
     here: dict[nn.Parameter, Tensor],
     exact: dict[nn.Parameter, Tensor],
     own: list[float],
-    loss: Tensor,
+    loss: float,
 ) -> tuple[float, float, list[float | None]]:
     dots = [_dot(group, here, exact) for group in groups]
     norms = [_dot(group, here, here) for group in groups]
     dot, norm, length = sum(dots), sum(norms), sum(own)
     if not (math.isfinite(dot) and norm > 0 and length > 0):
         raise ValueError(
-            f"gradient: |g_h|^2 = {norm:.3g}, |g_T|^2 = {length:.3g} at loss {loss.item():.3g}: a gradient that "
+            f"gradient: |g_h|^2 = {norm:.3g}, |g_T|^2 = {length:.3g} at loss {loss:.3g}: a gradient that "
             "vanishes or is not finite has no angle; check the initial weights and the loss."
         )
     blocks = [_clip(d / math.sqrt(n * o)) if n * o > 0 else None for d, n, o in zip(dots, norms, own, strict=True)]
