@@ -16,7 +16,18 @@ from horizonplan.planner import plan_horizon
 from horizonplan.probes.simulation import SimulationError
 from horizonplan.rows import Row
 from horizonplan.schedule import Schedule, Window
-from horizonplan.training import Result, train
+from horizonplan.training import (
+    Callback,
+    CheckpointError,
+    DecayOnGrowth,
+    EarlyStopping,
+    PlanWarning,
+    Result,
+    TensorBoard,
+    Terminated,
+    Trainer,
+    train,
+)
 from horizonplan.verify import Report, verify
 
 try:
@@ -27,9 +38,13 @@ except PackageNotFoundError:  # running from a bare checkout
 __all__ = [
     "AccuracyConstraint",
     "Calibration",
+    "Callback",
     "Chain",
     "ChainError",
+    "CheckpointError",
     "Curve",
+    "DecayOnGrowth",
+    "EarlyStopping",
     "Fits",
     "HeldOut",
     "InfeasibleError",
@@ -38,6 +53,7 @@ __all__ = [
     "MemoryLimit",
     "Objective",
     "Plan",
+    "PlanWarning",
     "PoorFitWarning",
     "Report",
     "Result",
@@ -45,6 +61,9 @@ __all__ = [
     "Schedule",
     "SimulationError",
     "Sweep",
+    "TensorBoard",
+    "Terminated",
+    "Trainer",
     "Weighted",
     "Window",
     "algorithms",

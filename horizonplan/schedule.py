@@ -164,6 +164,24 @@ class Schedule:
         ahead = [Window(bounds[i], bounds[i + 1], bounds[i + 2]) for i in range(stages - 2)]
         return cls(depth, (*ahead, Window(bounds[stages - 2], depth, depth)))
 
+    @property
+    def longest(self) -> int:
+        """Blocks of the longest window."""
+        return max(window.end - window.first for window in self.windows)
+
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """Horizon and stride if the windows are those of :meth:`horizon`, else ``None``.
+
+        >>> Schedule.horizon(6, 3, 2).pair, Schedule.exact(6).pair, Schedule.local(5, 2).pair
+        ((3, 2), (6, 1), (3, 3))
+        >>> Schedule.loco(6, 3, summed=True).pair is None
+        True
+        """
+        first = self.windows[0]
+        h, s = first.end - first.first, 1 if first.end == self.depth else first.stop - first.first
+        return (h, s) if Schedule.horizon(self.depth, h, s).windows == self.windows else None
+
     def ops(self, stem_trains: bool = False, trainable: Sequence[bool] | None = None) -> Iterator[Op]:
         """Yield the operations in order of execution.
 

@@ -1,7 +1,7 @@
 """What a training method is, for the trainer: a contract of two small classes."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,15 @@ from horizonplan.chain import Chain
 
 
 class Algorithm(ABC):
-    """A way of training a chain that owns its whole step."""
+    """A way of training a chain that owns its whole step.
+
+    Attributes:
+        honours: the trainer's options that act inside a step and that this method takes, of
+            ``accumulate``, ``data_parallel``, ``fused``, ``max_grad_norm`` and ``precision``. The trainer refuses
+            the others.
+    """
+
+    honours: ClassVar[frozenset[str]] = frozenset()
 
     def prepare(self, chain: Chain, batch: Any) -> nn.Module | None:
         """Make what the method needs on this chain (auxiliary heads); what is returned is trained along."""
@@ -37,6 +45,10 @@ class Algorithm(ABC):
 class GradientMethod(Algorithm):
     """A method that only differs in the gradient: everything around it comes from the trainer."""
 
+    honours: ClassVar[frozenset[str]] = frozenset(
+        {"accumulate", "data_parallel", "fused", "max_grad_norm", "precision"}
+    )
+
     @abstractmethod
     def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
         """Add ``scale`` times the gradient into ``p.grad``; return the terminal loss, unscaled and detached."""
@@ -51,17 +63,23 @@ class GradientMethod(Algorithm):
         chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
         loss = self.backward(chain, batch)
-        if not torch.isfinite(loss + 0 * _norm(optimizer)):
+        if wrong := not_finite(loss, gradient_norm(optimizer)):
             chain.model.zero_grad(set_to_none=True)
-            what = "a gradient is not finite" if torch.isfinite(loss) else f"loss is {loss.item()}"
             raise FloatingPointError(
-                f"{what}: check the data, lower the learning rate or clip; the weights were not updated."
+                f"{wrong}: check the data, lower the learning rate or clip; the weights were not updated."
             )
         optimizer.step()
         return loss
 
 
-def _norm(optimizer: torch.optim.Optimizer) -> Tensor:
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of all gradients, which shows any that is not finite; 0 where there are none."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def not_finite(loss: Tensor, norm: Tensor) -> str | None:
+    """What is not finite in a step, in words; ``None`` if the loss and the gradient's norm are."""
+    if torch.isfinite(loss + 0 * norm):
+        return None
+    return "a gradient is not finite" if torch.isfinite(loss) else f"loss is {loss.item()}"

@@ -19,26 +19,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 Original = Callable[..., Any]
 Handler = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
 
-_ENTRY = "_compiled_call_impl"
+ENTRY = "_compiled_call_impl"  # where a module keeps what torch.compile made of its call
 _MISSING = object()
 
 
 @contextmanager
 def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Route ``module(*args, **kwargs)`` to ``handlers[module](original, args, kwargs)``; always restored."""
-    saved = {module: module.__dict__.get(_ENTRY, _MISSING) for module in handlers}
+    saved = {module: module.__dict__.get(ENTRY, _MISSING) for module in handlers}
     try:
         for module, handler in handlers.items():
             entry = saved[module]
             original = module._call_impl if entry is _MISSING or entry is None else entry
-            module.__dict__[_ENTRY] = _Entry(handler, getattr(original, "original", original))
+            module.__dict__[ENTRY] = _Entry(handler, getattr(original, "original", original))
         yield
     finally:
         for module, entry in saved.items():
             if entry is _MISSING:
-                module.__dict__.pop(_ENTRY, None)
+                module.__dict__.pop(ENTRY, None)
             else:
-                module.__dict__[_ENTRY] = entry
+                module.__dict__[ENTRY] = entry
 
 
 class _Entry:
@@ -182,7 +182,7 @@ def quiet(model: nn.Module) -> ExitStack:
     Compiled blocks run eagerly in it, so that watching their insides does not recompile them.
     """
     stack = ExitStack()
-    if any(m.__dict__.get(_ENTRY) is not None for m in model.modules()):
+    if any(m.__dict__.get(ENTRY) is not None for m in model.modules()):
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     stack.enter_context(torch.random.fork_rng(devices=rng_devices(model)))
     stack.enter_context(scratch_buffers(model.modules()))

@@ -16,12 +16,14 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset
 
 from horizonplan.batch import as_loader, model_inputs, take, tensors
 from horizonplan.datasets import digits, mnist5k
 from horizonplan.devices import parse_device
 from horizonplan.models import Patches, ResidualCNN, ResidualMLP, SequenceClassifier
+from horizonplan.training import DecayOnGrowth
 
 
 def _transformer(images: Tensor) -> nn.Module:
@@ -36,6 +38,10 @@ MODELS: dict[str, Callable[[Tensor], nn.Module]] = {
     "transformer": _transformer,
 }
 DATA: dict[str, Callable[[], Any]] = {"digits": partial(digits, images=True), "mnist5k": mnist5k}
+SCHEDULERS: dict[str, Callable[[int, Optimizer], Any]] = {
+    "cosine": lambda epochs, optimizer: CosineAnnealingLR(optimizer, epochs),
+    "decay-on-growth": lambda epochs, optimizer: DecayOnGrowth(optimizer),  # the paper's rule
+}
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "adamw": (AdamW, 1e-3),
     "adam": (Adam, 1e-3),
@@ -146,6 +152,19 @@ def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
 
     make.__name__ = f"{spec}(lr={rate:g})"  # what a plan's provenance shows
     return make
+
+
+def load_scheduler(spec: str | None, epochs: int) -> Callable[[Optimizer], Any] | None:
+    """The function from an optimiser to a scheduler of its learning rate that is stepped after each epoch.
+
+    Raises:
+        ValueError: the specification leads to none.
+    """
+    if spec is None:
+        return None
+    if spec not in SCHEDULERS:
+        return _function("scheduler", spec, SCHEDULERS)
+    return partial(SCHEDULERS[spec], epochs)
 
 
 def _maker(spec: str, batches: Iterable[Any]) -> Callable[[], nn.Module]:

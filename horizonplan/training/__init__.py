@@ -1,6 +1,29 @@
 """The bundled trainer."""
 
+from horizonplan.training.callbacks import Callback, EarlyStopping, TensorBoard
+from horizonplan.training.checkpoint import CheckpointError, CheckpointWarning
 from horizonplan.training.evaluate import evaluate
-from horizonplan.training.trainer import Result, train
+from horizonplan.training.loop import TrainingWarning
+from horizonplan.training.run import Run
+from horizonplan.training.schedules import DecayOnGrowth
+from horizonplan.training.signals import EXIT_TERMINATED, Terminated
+from horizonplan.training.trainer import Result, Trainer, train
+from horizonplan.training.watch import PlanWarning
 
-__all__ = ["Result", "evaluate", "train"]
+__all__ = [
+    "EXIT_TERMINATED",
+    "Callback",
+    "CheckpointError",
+    "CheckpointWarning",
+    "DecayOnGrowth",
+    "EarlyStopping",
+    "PlanWarning",
+    "Result",
+    "Run",
+    "TensorBoard",
+    "Terminated",
+    "Trainer",
+    "TrainingWarning",
+    "evaluate",
+    "train",
+]

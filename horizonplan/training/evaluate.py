@@ -1,49 +1,143 @@
-"""Validation: mean loss, and accuracy where targets are classes."""
+"""Validation: mean loss, accuracy where targets are classes, and the user's metrics, in one forward a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from horizonplan.batch import ComputeLoss, call, model_inputs, move, output_tensor, target_of
+from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, target_of
 from horizonplan.chain.calls import training_mode
 from horizonplan.probes.budget import each
+from horizonplan.training.team import Team
+
+
+class Accumulating(Protocol):
+    """A metric that sees all batches before it has a value, as those of torchmetrics are."""
+
+    def update(self, output: Any, target: Any) -> Any:
+        """See a batch."""
+
+    def compute(self) -> Any:
+        """The value."""
+
+    def reset(self) -> Any:
+        """Forget all batches."""
+
+
+Metric = Callable[[Any, Any], Any] | Accumulating
+
+
+def check_metrics(metrics: object) -> None:
+    """See that they are a mapping of names to metrics.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise ValueError(f"metrics={metrics!r}: give a mapping of names to functions (output, target) -> number.")
+    for name, metric in metrics.items():
+        if not _accumulates(metric) and not callable(metric):
+            raise ValueError(
+                f"metrics[{name!r}]={metric!r}: give a function (output, target) -> number, or an object with update, "
+                "compute and reset."
+            )
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Iterable[Any], compute_loss: ComputeLoss, device: torch.device
+    model: nn.Module,
+    data: Iterable[Any],
+    compute_loss: ComputeLoss,
+    device: torch.device,
+    metrics: Mapping[str, Metric] | None = None,
+    team: Team | None = None,
 ) -> dict[str, float]:
     """Evaluate a model in eval mode; its mode is restored.
 
+    Args:
+        model: the model.
+        data: batches; of a team, each process takes its share.
+        compute_loss: ``(model, batch) -> loss``.
+        device: where to move batches to.
+        metrics: name -> ``(output, target) -> number``, or an object with ``update(output, target)``, ``compute()``
+            and ``reset()``, such as those of torchmetrics. The output is the logits where the model's output has any.
+        team: processes that evaluate together.
+
     Returns:
-        ``loss``, the mean over batches weighted by their first dimension, and ``accuracy`` in [0, 1] where
-        the targets are integers and the model returns scores with one class dimension more, last or second.
+        ``loss`` and the functions' numbers, means over batches weighted by their samples; ``accuracy`` in
+        [0, 1] where the targets are integers and the model returns scores with one class dimension more, last or
+        second; and the objects' values.
+
+    Raises:
+        ValueError: there are no batches; a metric returns no number, or the loss was computed without calling the
+            model, so that there is no output.
     """
-    losses, sizes, hits, counted = 0.0, 0, 0, 0
+    metrics, team = metrics or {}, team or Team()
+    totals = dict.fromkeys(["loss", *(name for name, metric in metrics.items() if not _accumulates(metric))], 0.0)
+    samples, hits, counted = 0, 0, 0
+    for metric in metrics.values():
+        if _accumulates(metric):
+            metric.reset()  # type: ignore[union-attr]
     with training_mode(model, False):
-        for batch in each(data):
+        for batch in islice(each(data), team.rank, None, team.world):
             batch = move(batch, device)
+            loss, output = _forward(model, batch, compute_loss)
             target = target_of(batch)
-            size = len(target) if isinstance(target, Tensor) and target.ndim else 1
-            losses += compute_loss(model, batch).item() * size
-            sizes += size
-            right, total = _hits(model, batch, target)
+            size = len(target) if isinstance(target, Tensor) and target.ndim else batch_size(batch) or 1
+            samples += size
+            totals["loss"] += loss * size
+            for name, value in _measured(metrics, output, target).items():
+                totals[name] += value * size
+            right, total = _hits(output, target)
             hits, counted = hits + right, counted + total
-    if sizes == 0:
+    *sums, samples, hits, counted = team.sum(*totals.values(), samples, hits, counted)  # type: ignore[assignment]
+    if samples == 0:
         raise ValueError("val_data has no batches: give at least one, or val_data=None.")
-    return {"loss": losses / sizes} | ({"accuracy": hits / counted} if counted else {})
+    found = {name: total / samples for name, total in zip(totals, sums, strict=True)}
+    accuracy = {"accuracy": hits / counted} if counted else {}
+    late = {name: float(m.compute()) for name, m in metrics.items() if _accumulates(m)}  # type: ignore[union-attr]
+    return {"loss": found.pop("loss")} | accuracy | found | late
 
 
-def _hits(model: nn.Module, batch: Any, target: Any) -> tuple[int, int]:
-    if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point() or target.dtype == torch.bool:
-        return 0, 0
+def _forward(model: nn.Module, batch: Any, compute_loss: ComputeLoss) -> tuple[float, Any]:
+    """The loss on a batch, and what the model returned on the way (``None`` if it was not called)."""
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        scores = output_tensor(call(model, model_inputs(batch)))
-    except (TypeError, ValueError):
+        loss = compute_loss(model, batch).item()
+    finally:
+        handle.remove()
+    return loss, output_tensor(seen[-1]) if seen else None
+
+
+def _measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, float]:
+    """The functions' numbers on a batch; the objects see it."""
+    if metrics and output is None:
+        raise ValueError("metrics: the loss was computed without calling the model, so there is no output; call it.")
+    found = {}
+    for name, metric in metrics.items():
+        if _accumulates(metric):
+            metric.update(output, target)  # type: ignore[union-attr]
+            continue
+        value = metric(output, target)  # type: ignore[operator]
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"metrics[{name!r}] returned {value!r}: let it return one number.") from error
+    return found
+
+
+def _accumulates(metric: object) -> bool:
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+def _hits(scores: Any, target: Any) -> tuple[int, int]:
+    """Right guesses and how many there were; 0 of 0 where there are no classes."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool or target.ndim != 1:
         return 0, 0
     if not isinstance(scores, Tensor) or scores.ndim != target.ndim + 1 or not scores.is_floating_point():
         return 0, 0

@@ -1,35 +1,51 @@
-"""Train a model with a plan or an algorithm: optimiser, validation, progress, a JSON-lines log."""
+"""The trainer: any PyTorch optimiser, data and model, with a plan's gradient or another method's."""
 
 from __future__ import annotations
 
-import json
+import functools
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from horizonplan.algorithms import Algorithm, BackPropagation, Fixed
+from horizonplan.algorithms import Algorithm, BackPropagation, Fixed, Windows
 from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, batch_size, move, resolve_loss
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import rng_devices, seeded, training_mode
+from horizonplan.chain.calls import ENTRY, rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.devices import parse_device
 from horizonplan.plan import Plan
-from horizonplan.probes.budget import Budget, each, taken
-from horizonplan.probes.steady import check_optimizer, optimizer_for, standing_bytes
-from horizonplan.probes.tracker import LiveBytes
-from horizonplan.progress import Progress, reporter
+from horizonplan.probes.budget import Budget, taken
+from horizonplan.probes.steady import check_optimizer, optimizer_for
+from horizonplan.progress import Progress
 from horizonplan.projection import Projection
-from horizonplan.training.evaluate import evaluate
+from horizonplan.training import state
+from horizonplan.training.checkpoint import Checkpoint
+from horizonplan.training.data import Stream
+from horizonplan.training.deterministic import deterministic
+from horizonplan.training.evaluate import Metric
+from horizonplan.training.files import write
+from horizonplan.training.log import Log
+from horizonplan.training.loop import Loop, mean
+from horizonplan.training.precision import scaler_for
+from horizonplan.training.progress import Reporter
+from horizonplan.training.random_state import seeded_all
+from horizonplan.training.refusals import check, check_method, check_scheduler
+from horizonplan.training.run import Run
+from horizonplan.training.signals import Asked, terminable
+from horizonplan.training.step import Stepper
+from horizonplan.training.team import Team, team
+from horizonplan.training.undo import Undo
+from horizonplan.training.warmup import warm_up
+from horizonplan.training.watch import FIRST_STEPS, Watch, scheduled
 
-WATCHED_STEP = 1
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -37,13 +53,15 @@ class Result:
     """What a training run left behind, besides the model.
 
     Attributes:
-        history: one dict a step: ``epoch``, ``step`` (from 0), ``loss``.
+        history: one dict a step: ``epoch``, ``step`` (from 0), ``loss``; those before a resume included.
         final_loss: mean training loss over the last epoch.
-        val_metrics: ``loss`` and perhaps ``accuracy`` on the validation data after the last epoch.
+        val_metrics: ``loss``, perhaps ``accuracy``, and the metrics asked for, after the last epoch.
         validations: one dict an epoch: ``epoch`` and its metrics.
-        peak_bytes: peak bytes of a step. On CPU those of the second step, tracked; on CUDA the allocator's.
+        peak_bytes: the largest peak of a step that was measured. On CPU steps are tracked, the first one not counted;
+            on CUDA it is the allocator's.
         step_seconds: median seconds of a step, the first two left out.
         seconds: wall time of the training loop, validation left out.
+        stopped: why training ended before its last epoch; ``None`` if it did not.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -53,172 +71,294 @@ class Result:
     peak_bytes: int = 0
     step_seconds: float = 0.0
     seconds: float = 0.0
-
-
-def train(
-    model: nn.Module,
-    data: Any,
-    *,
-    plan: Plan | None = None,
-    algorithm: Algorithm | None = None,
-    epochs: int = 1,
-    val_data: Any = None,
-    optimizer: Callable[[Any], Optimizer] | Optimizer | None = None,
-    run_dir: str | Path | None = None,
-    loss: LossFunction | None = None,
-    compute_loss: ComputeLoss | None = None,
-    blocks: str | Sequence[str] | None = None,
-    projection: Projection | None = None,
-    device: str | torch.device | None = None,
-    seed: int = 0,
-    progress: Progress = None,
-) -> Result:
-    """Train ``model`` in place.
-
-    Args:
-        model: the model the plan was made for, or any chain for an algorithm.
-        data: a DataLoader, a list of batches, or a Dataset (32 samples a batch, shuffled anew each epoch).
-        plan: what to train with; excludes ``algorithm``.
-        algorithm: an :class:`horizonplan.algorithms.Algorithm`; with neither, back-propagation.
-        epochs: passes over the data.
-        val_data: as ``data``, evaluated in eval mode after each epoch.
-        optimizer: ``callable(params) -> Optimizer``, an Optimizer over this model's parameters, or ``None``
-            for ``AdamW(lr=1e-3)``.
-        run_dir: a directory for ``log.jsonl``, ``plan.json`` and the final weights ``model.pt``.
-        loss: as for :func:`horizonplan.plan_horizon`.
-        compute_loss: likewise.
-        projection: likewise.
-        blocks: as for :func:`horizonplan.plan_horizon`; a plan brings its own.
-        device: where to train; ``None``: where the model is; ``"emulated:40MiB"``: on the CPU, which runs out of
-            memory as a card of that size would.
-        seed: of a Dataset's order and of torch's generator during the run.
-        progress: as for :func:`horizonplan.plan_horizon`, a stage an epoch.
-
-    Raises:
-        ValueError: bad arguments, empty data, a model the plan was not made for.
-        torch.OutOfMemoryError: a step does not fit the device.
-        FloatingPointError: a loss is not finite; the weights are those before that step.
-    """
-    if plan is not None and algorithm is not None:
-        raise ValueError("plan and algorithm are both given: give one.")
-    if plan is not None and not isinstance(plan, Plan):
-        raise ValueError(f"plan is a {type(plan).__name__}: give a Plan, e.g. Plan.load(path).")
-    if algorithm is not None and not isinstance(algorithm, Algorithm):
-        raise ValueError(f"algorithm={algorithm!r}: give an Algorithm such as horizonplan.algorithms.Horizon(3).")
-    if plan is not None and blocks is not None:
-        raise ValueError(f"blocks={blocks!r}: a plan brings its own blocks; leave it out.")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: give a whole number >= 1.")
-    refuse_wrappers(model)
-    compute = resolve_loss(loss, compute_loss)
-    card = parse_device(device)
-    if card is not None and card.kind == "simulated":
-        raise ValueError(f"device={device!r}: nothing runs on a simulated device; give an emulated or a real one.")
-    place = _place(model, device if card is None else "cpu")
-    loader = as_loader(data, shuffle=True, seed=seed)
-    with (
-        seeded(seed, rng_devices(model)),
-        training_mode(model),
-        nullcontext() if card is None else Budget(card.memory_bytes) as budget,
-    ):
-        first = move(taken(loader, 1)[0], place)
-        val_loader = None if val_data is None else as_loader(val_data, batch_size=batch_size(first) or 32)
-        if budget is not None:
-            budget.hold(list(model.parameters()), list(model.buffers()), batch=first)
-        if plan is not None:
-            chain = plan.chain(model, first, loss, compute_loss, projection)
-            method: Algorithm = Fixed(plan.schedule)
-        else:
-            chain = Chain.from_model(model, first, blocks, loss, compute_loss, projection)
-            method = BackPropagation() if algorithm is None else algorithm
-        extra = method.prepare(chain, first)
-        made = _optimizer(optimizer, [*model.parameters(), *(extra.parameters() if extra is not None else [])])
-        with _log(run_dir, plan) as log:
-            result = _loop(_Run(chain, method, made, place, log), loader, val_loader, epochs, compute, progress)
-        if run_dir is not None:
-            torch.save(model.state_dict(), Path(run_dir) / "model.pt")
-    return result
+    stopped: str | None = None
 
 
 @dataclass
-class _Run:
-    chain: Chain
-    method: Algorithm
-    optimizer: Optimizer
-    place: torch.device
-    log: Callable[[dict[str, Any]], None]
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+class Trainer:
+    """Trains a model in place: ``Trainer(model, data, plan=plan).train()``.
 
-    def step(self, batch: Any) -> float:
-        """One step; the second one (and the first, until then) is watched by the tracker on CPU."""
-        count, cuda = len(self.seconds), self.place.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.place)
-        start = time.perf_counter()
-        if count <= WATCHED_STEP and not cuda:
-            loss = self._watched(batch)
+    What is trained with:
+        model: the model the plan was made for, or any chain for an algorithm.
+        data: a DataLoader, a list of batches, or a Dataset (32 samples a batch, shuffled anew each epoch).
+        plan: what to train with; excludes ``algorithm``.
+        algorithm: a :class:`horizonplan.algorithms.Algorithm`, or a mapping from first epochs to algorithms
+            (``{0: Horizon(2, 2), 5: BackPropagation()}``). With neither, back-propagation.
+        warmup: epochs of smaller horizons, growing to that of the plan or algorithm.
+        epochs: passes over the data.
+        loss, compute_loss, projection: as for :func:`horizonplan.plan_horizon`; so is ``blocks``, but a plan brings
+            its own.
+        device: where to train; ``None``: where the model is; ``"emulated:40MiB"``: on the CPU, which runs out of
+            memory as a card of that size would.
+
+    The update:
+        optimizer: ``callable(params) -> Optimizer``, an Optimizer over this model's parameters, or ``None``
+            for ``AdamW(lr=1e-3)``.
+        scheduler: ``callable(optimizer) -> scheduler``, or one made from ``optimizer``: any of
+            ``torch.optim.lr_scheduler``, or :class:`horizonplan.DecayOnGrowth`, the paper's rule.
+        scheduler_every: ``"epoch"`` or ``"step"``: how often it is stepped.
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"``: autocast around forwards, and for fp16 a scaled loss.
+        accumulate: batches whose gradients make one step (weighted by their samples).
+        max_grad_norm: what the gradient's norm is clipped to.
+        fused: update each parameter as soon as its gradient is complete, and free the gradient: the same weights
+            bit for bit, in less memory. A step that turns out not to be finite has then changed weights already.
+        compile: compile each block: ``True``, or the name of a backend of ``torch.compile``.
+
+    Watching:
+        val_data: as ``data``, evaluated in eval mode after each epoch.
+        metrics: for the validation, see :func:`horizonplan.training.evaluate`.
+        callbacks: objects with methods of :class:`horizonplan.Callback`, such as
+            :class:`horizonplan.EarlyStopping`.
+        watch_every: steps between measurements of a step's peak on CPU (on CUDA it is always known); 0: the first
+            two steps only. A peak beyond the plan's by more than 5 % is logged and warned of.
+        cosine_every: steps between measurements of the gradient's cosine, at the price of a step of
+            back-propagation each; 0: none. One below the plan's is logged and warned of.
+        progress: ``None``: shown on a terminal; ``True``: always; ``False``: never; or
+            ``callable(message, done, total)``, called after each epoch.
+
+    Safety:
+        run_dir: a folder for ``log.jsonl``, ``plan.json``, ``checkpoints/`` and the final weights
+            ``model.safetensors``.
+        save_every: steps between checkpoints; ``None``: one after each epoch. The last two are kept.
+        resume: ``True``: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none); or
+            the path of a run's folder or of a checkpoint.
+        nonfinite: what to do when a loss or gradient is NaN or infinite: ``"raise"``; ``"skip"`` the update; or
+            ``"rollback"`` to the last checkpoint's weights, and go on with the next batch.
+        max_nonfinite: how many such steps are borne in a run.
+        oom_retries: how often, when memory runs out, the same step is tried again with recompute or half the horizon,
+            with which training then goes on. Each is warned of and logged.
+        seed: of all generators (torch, NumPy, Python) during the run, and of a Dataset's order; restored afterwards.
+        deterministic: torch's deterministic algorithms during the run.
+
+    In processes started by torchrun, each takes its share of the batches, and gradients are those on the joint batch.
+    """
+
+    model: nn.Module
+    data: Any
+    _: KW_ONLY
+    plan: Plan | None = None
+    algorithm: Algorithm | Mapping[int, Algorithm] | None = None
+    warmup: int = 0
+    epochs: int = 1
+    loss: LossFunction | None = None
+    compute_loss: ComputeLoss | None = None
+    blocks: str | Sequence[str] | None = None
+    projection: Projection | None = None
+    device: str | torch.device | None = None
+    optimizer: Callable[[Any], Optimizer] | Optimizer | None = None
+    scheduler: Any = None
+    scheduler_every: str = "epoch"
+    precision: str = "fp32"
+    accumulate: int = 1
+    max_grad_norm: float | None = None
+    fused: bool = False
+    compile: bool | str = False
+    val_data: Any = None
+    metrics: Mapping[str, Metric] | None = None
+    callbacks: Sequence[Any] = ()
+    watch_every: int = 100
+    cosine_every: int = 0
+    progress: Progress = None
+    run_dir: str | Path | None = None
+    save_every: int | None = None
+    resume: bool | str | Path = False
+    nonfinite: str = "raise"
+    max_nonfinite: int = 10
+    oom_retries: int = 2
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        refuse_wrappers(self.model)
+
+    def train(self) -> Result:
+        """Train to the last epoch.
+
+        Raises:
+            ValueError: bad arguments, options that exclude each other, empty data, a model the plan was not made for.
+            torch.OutOfMemoryError: a step does not fit the device, and no thriftier one was found in time.
+            FloatingPointError: a loss or gradient is not finite; the weights are those before that step.
+            CheckpointError: a checkpoint or the log could not be written; earlier ones are intact.
+            Terminated: (a SystemExit with code 143) SIGTERM came; the run is saved in ``run_dir``.
+        """
+        card = parse_device(self.device)
+        place = _place(self.model, "cpu" if card is not None else self.device)
+        with ExitStack() as stack:
+            budget = None if card is None else Budget(card.memory_bytes)
+            group = stack.enter_context(team(place))
+            asked = stack.enter_context(terminable(self.run_dir is not None))
+            stack.enter_context(seeded_all(self.seed + group.rank, rng_devices(self.model)))
+            stack.enter_context(deterministic(self.deterministic))
+            stack.enter_context(training_mode(self.model))
+            if budget is not None:
+                stack.enter_context(budget)
+            return self._train(place, group, asked, budget, stack)
+
+    def _train(self, place: torch.device, group: Team, asked: Asked, budget: Budget | None, stack: ExitStack) -> Result:
+        loader = as_loader(self.data, shuffle=True, seed=self.seed)
+        first = move(taken(loader, 1)[0], place)
+        val_data = None if self.val_data is None else as_loader(self.val_data, batch_size=batch_size(first) or 32)
+        if budget is not None:
+            budget.hold(list(self.model.parameters()), list(self.model.buffers()), batch=first)
+        found = self._checkpoint()
+        run = self._run(loader, first, place, group)
+        stack.callback(lambda: run.log.close())
+        self._begin(run, found, group)
+        stack.enter_context(_compiled(run.chain, self.compile))
+        stack.enter_context(group.hooked([p for g in run.optimizer.param_groups for p in g["params"]]))
+        report = Reporter(self.progress, self.epochs, active=group.rank == 0)
+        loop = Loop(
+            run,
+            resolve_loss(self.loss, self.compute_loss),
+            self.epochs,
+            val_data,
+            self.metrics,
+            self.save_every,
+            self.scheduler_every,
+            self.nonfinite,
+            self.max_nonfinite,
+            self.oom_retries,
+            Undo(self.model, rng_devices(self.model)),
+            asked,
+            report,
+        )
+        done = False
+        try:
+            loop.train()
+            done = True
+        finally:
+            report.close(done)
+        if run.run_dir is not None and group.rank == 0:
+            _save_weights(run)
+        return _result(run, loop)
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """What to go on from."""
+        own = None if self.run_dir is None else Path(self.run_dir)
+        if not self.resume:
+            if own is not None and (there := state.find(own)) is not None:
+                raise ValueError(
+                    f"run_dir={str(own)!r}: there is a run of {there.step} steps in it; go on with it by resume=True, "
+                    "or give another folder."
+                )
+            return None
+        where = own if self.resume is True else Path(self.resume)
+        assert where is not None
+        found = state.find(where)
+        if found is None and self.resume is not True:
+            raise ValueError(f"resume={str(self.resume)!r}: there is no valid checkpoint in that folder.")
+        return found
+
+    def _run(self, loader: Any, first: Any, place: torch.device, group: Team) -> Run:
+        chain, methods = self._methods(first)
+        extra = nn.ModuleList([m for method in methods.values() if (m := method.prepare(chain, first)) is not None])
+        optimizer = _optimizer(self.optimizer, [*self.model.parameters(), *extra.parameters()])
+        for method in methods.values():
+            check_method(self, method, chain, group.world)
+        if self.cosine_every:
+            for method in methods.values():
+                scheduled(method, chain.depth)
+        group.waits = self.fused
+        group.alike([*self.model.parameters(), *self.model.buffers(), *extra.parameters(), *extra.buffers()])
+        folder = None if self.run_dir is None else Path(self.run_dir)
+        if folder is not None and group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        stepper = Stepper(
+            chain,
+            optimizer,
+            place,
+            group,
+            self.precision,
+            scaler_for(self.precision, place),
+            self.max_grad_norm,
+            self.fused,
+            self.accumulate,
+        )
+        return Run(
+            stepper,
+            methods,
+            extra,
+            self._scheduler(optimizer),
+            Stream(loader, rng_devices(self.model), group.rank, group.world, self.seed),
+            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, self.cosine_every),
+            Log(),
+            list(self.callbacks),
+            folder,
+            self.plan,
+        )
+
+    def _methods(self, first: Any) -> tuple[Chain, dict[int, Algorithm]]:
+        """The chain, and first epoch -> method."""
+        if self.plan is not None:
+            chain = self.plan.chain(self.model, first, self.loss, self.compute_loss, self.projection)
+            methods: dict[int, Algorithm] = {0: Fixed(self.plan.schedule)}
         else:
-            loss = self.method.step(self.chain, batch, self.optimizer).item()
-        self.seconds.append(time.perf_counter() - start)
-        if cuda:
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.place)
-        return loss
+            chain = Chain.from_model(self.model, first, self.blocks, self.loss, self.compute_loss, self.projection)
+            given = BackPropagation() if self.algorithm is None else self.algorithm
+            methods = dict(sorted(given.items())) if isinstance(given, Mapping) else {0: given}
+        for method in methods.values():
+            if isinstance(method, Windows):
+                method.schedule(chain.depth)
+        if self.warmup:
+            final = methods[0]
+            if not isinstance(final, Windows):
+                raise ValueError(f"warmup={self.warmup}: {final} has no horizon to grow to; set it to 0.")
+            methods = warm_up(final, chain.depth, self.warmup)
+        return chain, methods
 
-    def _watched(self, batch: Any) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        base = standing_bytes(self.chain, self.optimizer, batch)
-        with LiveBytes() as tracker:
-            loss = self.method.step(self.chain, batch, self.optimizer).item()
-        self.peak_bytes = base + tracker.peak
-        return loss
+    def _scheduler(self, optimizer: Optimizer) -> Any:
+        scheduler = self.scheduler
+        if callable(scheduler) and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+            scheduler = scheduler(optimizer)
+        check_scheduler(scheduler, optimizer, self.scheduler_every)
+        return scheduler
+
+    def _begin(self, run: Run, found: Checkpoint | None, group: Team) -> None:
+        """Restore what there is to restore, and open the log."""
+        if found is not None:
+            events = state.log_of(found)
+            state.restore(run, found)
+            state.history(run, events)
+        if run.run_dir is None or group.rank > 0:
+            return
+        kept = 0
+        if found is not None:
+            kept = found.meta["log_bytes"]
+            source = found.path.parent.parent
+            if source.resolve() != run.run_dir.resolve():
+                write(run.run_dir / "log.jsonl", (source / "log.jsonl").read_bytes()[:kept])
+        run.log = Log(run.run_dir, kept)
+        run.watch.tell = run.log.event
+        if self.plan is not None:
+            self.plan.save(run.run_dir / "plan.json")
+        run.log.event("resume" if found else "begin", step=run.step, settings=state.settings(run))
 
 
-def _loop(
-    run: _Run,
-    loader: Iterable[Any],
-    val_loader: Iterable[Any] | None,
-    epochs: int,
-    compute: ComputeLoss,
-    progress: Progress,
-) -> Result:
-    history: list[dict[str, Any]] = []
-    validations: list[dict[str, Any]] = []
-    report, spent = reporter(progress, epochs), 0.0
-    if run.place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.place)
-    model = run.chain.model
-    for epoch in range(epochs):
-        losses = []
-        started = time.perf_counter()
-        for batch in each(loader):
-            try:
-                losses.append(run.step(move(batch, run.place)))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {epoch}, step {len(history)}: {error}") from error
-            history.append({"epoch": epoch, "step": len(history), "loss": losses[-1]})
-            run.log({"event": "step", **history[-1], "seconds": run.seconds[-1]})
-        if not losses:
-            raise ValueError("data has no batches: give at least one.")
-        spent += time.perf_counter() - started
-        message = f"epoch {epoch}: loss {statistics.fmean(losses):.4f}"
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, compute, run.place)
-            validations.append({"epoch": epoch, **metrics})
-            run.log({"event": "validation", **validations[-1]})
-            message += "".join(f", validation {name} {value:.4f}" for name, value in metrics.items())
-        report(message)
-    run.optimizer.zero_grad(set_to_none=True)
-    report(None)
-    warm = run.seconds[WATCHED_STEP + 1 :] or run.seconds
+def _runs(trainer: Callable[P, Trainer]) -> Callable[P, Result]:
+    @functools.wraps(trainer, assigned=(), updated=())
+    def train(*args: P.args, **options: P.kwargs) -> Result:
+        return trainer(*args, **options).train()
+
+    return train
+
+
+train = _runs(Trainer)
+train.__doc__ = """Train a model in place: ``Trainer(model, data, **options).train()``; see :class:`Trainer`."""
+
+
+def _result(run: Run, loop: Loop) -> Result:
+    last = run.history[-1]["epoch"] if run.history else 0
+    warm = run.seconds[FIRST_STEPS:] or run.seconds
     return Result(
-        history=tuple(history),
-        final_loss=statistics.fmean(losses),
-        val_metrics={k: v for k, v in validations[-1].items() if k != "epoch"} if validations else {},
-        validations=tuple(validations),
+        history=tuple(run.history),
+        final_loss=mean([entry["loss"] for entry in run.history if entry["epoch"] == last]),
+        val_metrics={k: v for k, v in run.validations[-1].items() if k != "epoch"} if run.validations else {},
+        validations=tuple(run.validations),
         peak_bytes=run.peak_bytes,
-        step_seconds=statistics.median(warm),
-        seconds=spent,
+        step_seconds=statistics.median(warm) if warm else 0.0,
+        seconds=loop.spent,
+        stopped=run.stop_reason,
     )
 
 
@@ -239,18 +379,29 @@ def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, paramet
 
 
 @contextmanager
-def _log(run_dir: str | Path | None, plan: Plan | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if run_dir is None:
-        yield lambda event: None
+def _compiled(chain: Chain, compile: bool | str) -> Iterator[None]:
+    """Blocks compiled; afterwards they are as they were."""
+    if not compile:
+        yield
         return
-    folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if plan is not None:
-        plan.save(folder / "plan.json")
-    with (folder / "log.jsonl").open("w", encoding="utf-8") as file:
+    before = [vars(block).get(ENTRY) for block in chain.blocks]
+    try:
+        for block in chain.blocks:
+            block.compile(**({"backend": compile} if isinstance(compile, str) else {}))
+        yield
+    finally:
+        for block, entry in zip(chain.blocks, before, strict=True):
+            vars(block).pop(ENTRY)
+            if entry is not None:
+                vars(block)[ENTRY] = entry
 
-        def write(event: dict[str, Any]) -> None:
-            file.write(json.dumps({"time": time.time(), **event}) + "\n")
-            file.flush()
 
-        yield write
+def _save_weights(run: Run) -> None:
+    """The final weights, those that are tied once."""
+    from safetensors.torch import save
+
+    assert run.run_dir is not None
+    own = {name: p for name, p in run.model.state_dict(keep_vars=True).items() if isinstance(p, torch.Tensor)}
+    first = {id(p): name for name, p in reversed(own.items())}
+    tensors = {name: own[name].detach().cpu().contiguous().clone() for name in sorted(first.values())}
+    write(run.run_dir / "model.safetensors", save(tensors))

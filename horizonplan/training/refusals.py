@@ -1,0 +1,154 @@
+"""What a trainer refuses, with the reason: bad values, and options that cannot be honoured together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from horizonplan.algorithms import Algorithm, Windows
+from horizonplan.batch import resolve_loss
+from horizonplan.chain import Chain
+from horizonplan.devices import parse_device
+from horizonplan.plan import Plan
+from horizonplan.training.callbacks import check_callback
+from horizonplan.training.evaluate import check_metrics
+from horizonplan.training.fused import check_schedule
+from horizonplan.training.precision import check_precision
+from horizonplan.training.schedules import DecayOnGrowth
+
+if TYPE_CHECKING:
+    from horizonplan.training.trainer import Trainer
+
+FUSED_EXCLUDES = {
+    "accumulate": "gradients that wait for the next batch cannot be freed",
+    "max_grad_norm": "the norm of all gradients is known only when all are complete, after the first updates",
+    "nonfinite": "updates are made before all gradients are known to be finite; 'rollback' undoes them",
+    "precision": "fp16's scaler must see all gradients before an update; 'bf16' needs none",
+}
+
+
+def check(trainer: Trainer) -> None:
+    """See that a trainer's arguments make sense, each by itself and together.
+
+    Raises:
+        ValueError: one does not.
+    """
+    _methods(trainer)
+    _numbers(trainer)
+    _choices(trainer)
+    resolve_loss(trainer.loss, trainer.compute_loss)
+    card = parse_device(trainer.device)
+    if card is not None and card.kind == "simulated":
+        raise ValueError(
+            f"device={trainer.device!r}: nothing runs on a simulated device; give an emulated or a real one."
+        )
+    for callback in trainer.callbacks:
+        check_callback(callback)
+    if trainer.metrics is not None:
+        check_metrics(trainer.metrics)
+        if trainer.val_data is None:
+            raise ValueError("metrics: there is no val_data to measure them on; give some.")
+    if trainer.run_dir is None:
+        for name, value in {"resume": trainer.resume is True, "save_every": trainer.save_every is not None}.items():
+            if value:
+                raise ValueError(f"{name}: it needs a run_dir, where checkpoints are; give one.")
+        if trainer.nonfinite == "rollback":
+            raise ValueError("nonfinite='rollback': it needs a run_dir with checkpoints to roll back to; give one.")
+    if trainer.fused:
+        _fused(trainer)
+
+
+def check_method(trainer: Trainer, method: Algorithm, chain: Chain, world: int) -> None:
+    """See that a method honours on a chain what is asked for inside its steps.
+
+    Raises:
+        ValueError: it does not.
+    """
+    asked = {
+        "accumulate": trainer.accumulate > 1,
+        "max_grad_norm": trainer.max_grad_norm is not None,
+        "fused": trainer.fused,
+        "precision": trainer.precision != "fp32",
+        "data_parallel": world > 1,
+    }
+    for name, wanted in asked.items():
+        if wanted and name not in method.honours:
+            what = f"{world} processes" if name == "data_parallel" else f"{name}={getattr(trainer, name)!r}"
+            raise ValueError(f"{what}: {type(method).__name__} owns its step and does not take it; leave it out.")
+    if trainer.fused and isinstance(method, Windows):
+        check_schedule(chain, method.schedule(chain.depth))
+
+
+def check_scheduler(scheduler: Any, optimizer: Optimizer, every: str) -> None:
+    """See that it is a scheduler of this optimiser.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if scheduler is None:
+        return
+    if not callable(getattr(scheduler, "step", None)) or not callable(getattr(scheduler, "state_dict", None)):
+        raise ValueError(
+            f"scheduler={scheduler!r}: give a scheduler of torch.optim, or callable(optimizer) -> scheduler."
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("scheduler: it was made for another optimizer; give callable(optimizer) -> scheduler.")
+    if every == "step" and isinstance(scheduler, ReduceLROnPlateau | DecayOnGrowth):
+        raise ValueError(f"scheduler_every='step': {type(scheduler).__name__} compares epochs; set it to 'epoch'.")
+
+
+def _methods(trainer: Trainer) -> None:
+    plan, algorithm = trainer.plan, trainer.algorithm
+    if plan is not None and algorithm is not None:
+        raise ValueError("plan and algorithm are both given: give one.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan is a {type(plan).__name__}: give a Plan, e.g. Plan.load(path).")
+    if plan is not None and trainer.blocks is not None:
+        raise ValueError(f"blocks={trainer.blocks!r}: a plan brings its own blocks; leave it out.")
+    if isinstance(algorithm, Mapping):
+        if trainer.warmup:
+            raise ValueError(f"warmup={trainer.warmup}: the mapping of algorithms has its own; leave one out.")
+        if 0 not in algorithm or not all(_whole(epoch, 0) for epoch in algorithm):
+            raise ValueError(f"algorithm: its keys {list(algorithm)} are not first epochs; give {{0: ..., 5: ...}}.")
+    for method in algorithm.values() if isinstance(algorithm, Mapping) else [algorithm]:
+        if method is not None and not isinstance(method, Algorithm):
+            raise ValueError(f"algorithm={method!r}: give an Algorithm such as horizonplan.algorithms.Horizon(3).")
+
+
+def _numbers(trainer: Trainer) -> None:
+    least = {"epochs": 1, "accumulate": 1, "save_every": 1, "warmup": 0, "watch_every": 0, "cosine_every": 0}
+    least |= {"max_nonfinite": 0, "oom_retries": 0, "seed": 0}
+    for name, low in least.items():
+        value = getattr(trainer, name)
+        if not _whole(value, low) and not (name == "save_every" and value is None):
+            raise ValueError(f"{name}={value!r}: give a whole number >= {low}.")
+    norm = trainer.max_grad_norm
+    if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+        raise ValueError(f"max_grad_norm={norm!r}: give a number > 0.")
+
+
+def _choices(trainer: Trainer) -> None:
+    check_precision(trainer.precision)
+    for name, choices in {"scheduler_every": ("epoch", "step"), "nonfinite": ("raise", "skip", "rollback")}.items():
+        if getattr(trainer, name) not in choices:
+            raise ValueError(f"{name}={getattr(trainer, name)!r}: give {', '.join(map(repr, choices))}.")
+
+
+def _fused(trainer: Trainer) -> None:
+    asked = {
+        "accumulate": trainer.accumulate > 1,
+        "max_grad_norm": trainer.max_grad_norm is not None,
+        "nonfinite": trainer.nonfinite == "skip",
+        "precision": trainer.precision == "fp16",
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise ValueError(f"fused and {name}={getattr(trainer, name)!r}: {FUSED_EXCLUDES[name]}; leave one out.")
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

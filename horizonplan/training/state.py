@@ -1,0 +1,181 @@
+"""What a checkpoint holds: everything that a run's future depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from horizonplan.algorithms import Algorithm
+from horizonplan.plan import Plan
+from horizonplan.training import checkpoint
+from horizonplan.training.checkpoint import Checkpoint
+from horizonplan.training.log import read
+from horizonplan.training.run import Run
+
+FOLDER = "checkpoints"
+
+
+def save(run: Run) -> Path | None:
+    """Write a checkpoint of a run into its folder; returns where (on rank 0).
+
+    Raises:
+        CheckpointError: it cannot be written; the last one is intact.
+    """
+    team = run.stepper.team
+    streams = team.gather(run.stream.state_dict())
+    path = None
+    if team.rank == 0 and run.run_dir is not None:
+        state = _state(run) | {"streams": streams}
+        meta = {"settings": settings(run), "log_bytes": run.log.sync(), "versions": _versions()}
+        path = checkpoint.save(run.run_dir / FOLDER, run.step, dict(_weights(run)), state, meta)
+        run.log.event("save", step=run.step, path=path.name)
+        run.call("on_save", path)
+    team.barrier()
+    return path
+
+
+def find(where: Path) -> Checkpoint | None:
+    """The newest valid checkpoint of a run's folder, or the one whose own folder it is.
+
+    Raises:
+        CheckpointError: it is a checkpoint's own folder and damaged.
+    """
+    if where.parent.name == FOLDER:
+        return checkpoint.load(where)
+    return checkpoint.latest(where / FOLDER)
+
+
+def restore(run: Run, found: Checkpoint) -> None:
+    """Bring a run to where a checkpoint was written. Its log is read by :func:`history`.
+
+    Raises:
+        ValueError: the checkpoint is of another model, method or setting.
+    """
+    then, now = found.meta["settings"], settings(run)
+    for name in now:
+        if then.get(name) != now[name]:
+            raise ValueError(
+                f"resume: {found.path} was made with {name}={then.get(name)!r}, this run has {now[name]!r}; set it as "
+                "it was, or start afresh in another folder."
+            )
+    restore_weights(run, found)
+    own = found.state["run"]
+    run.epoch, run.step, run.thrift, run.faults = own["epoch"], own["step"], own["thrift"], own["faults"]
+    run.stop_reason = own["stop_reason"]
+    for callback, state in zip(_keepers(run), found.state["callbacks"], strict=True):
+        callback.load_state_dict(state)
+    run.stream.load_state_dict(found.state["streams"][run.rank])
+
+
+def restore_weights(run: Run, found: Checkpoint) -> None:
+    """Bring model, optimiser, scheduler, scaler and method to where they were; not the data.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    own = dict(_weights(run))
+    if own.keys() != found.weights.keys():
+        odd = sorted(own.keys() ^ found.weights.keys())
+        raise ValueError(f"resume: {found.path} is of another model: {odd[0]!r} is in one of them only.")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != found.weights[name].shape:
+                shapes = f"{tuple(found.weights[name].shape)} there, {tuple(value.shape)} here"
+                raise ValueError(f"resume: {found.path} is of another model: {name!r} is {shapes}.")
+            value.copy_(found.weights[name])
+    run.optimizer.load_state_dict(found.state["optimizer"])
+    for name, part in _parts(run).items():
+        part.load_state_dict(found.state[name])
+    for method, state in zip(run.methods.values(), found.state["methods"], strict=True):
+        method.load_state_dict(state)
+
+
+def history(run: Run, events: list[dict[str, Any]]) -> None:
+    """Restore the run's history from its log."""
+    for event in events:
+        values = {name: value for name, value in event.items() if name not in ("time", "event")}
+        if event["event"] == "step":
+            run.history.append({name: values[name] for name in ("epoch", "step", "loss")})
+        elif event["event"] == "validation":
+            run.validations.append(values)
+
+
+def log_of(found: Checkpoint) -> list[dict[str, Any]]:
+    """The events before a checkpoint, from the log in its run's folder.
+
+    Raises:
+        CheckpointError: there is no such log, or not all of it.
+    """
+    return read(found.path.parent.parent, found.meta["log_bytes"])
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What must be the same in a resumed run for it to be the same run."""
+    stepper = run.stepper
+    return {
+        "plan": None if run.plan is None else _hash(run.plan),
+        "algorithm": {str(epoch): _in_words(method) for epoch, method in run.methods.items()},
+        "optimizer": type(run.optimizer).__name__,
+        "scheduler": None if run.scheduler is None else type(run.scheduler).__name__,
+        "precision": stepper.precision,
+        "accumulate": stepper.accumulate,
+        "max_grad_norm": stepper.max_grad_norm,
+        "callbacks": [type(callback).__name__ for callback in _keepers(run)],
+        "processes": stepper.team.world,
+    }
+
+
+def _state(run: Run) -> dict[str, Any]:
+    return {
+        "optimizer": run.optimizer.state_dict(),
+        "methods": [method.state_dict() for method in run.methods.values()],
+        "callbacks": [callback.state_dict() for callback in _keepers(run)],
+        "run": {
+            "epoch": run.epoch,
+            "step": run.step,
+            "thrift": run.thrift,
+            "faults": run.faults,
+            "stop_reason": run.stop_reason,
+        },
+    } | {name: part.state_dict() for name, part in _parts(run).items()}
+
+
+def _parts(run: Run) -> dict[str, Any]:
+    parts = {"scheduler": run.scheduler, "scaler": run.stepper.scaler}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _keepers(run: Run) -> list[Any]:
+    """The callbacks that have a state."""
+    return [c for c in run.callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
+
+
+def _weights(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those that no ``state_dict`` has included, each once."""
+    for prefix, module in (("model", run.model), ("extra", run.extra)):
+        yield from ((f"{prefix}.{name}", p) for name, p in module.named_parameters())
+        yield from ((f"{prefix}.{name}", b) for name, b in module.named_buffers())
+
+
+def _in_words(method: Algorithm) -> str:
+    return repr(method) if is_dataclass(method) else type(method).__name__
+
+
+def _hash(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    with suppress(PackageNotFoundError):  # running from a bare checkout
+        found["horizonplan"] = version("horizonplan")
+    return found

@@ -1,0 +1,116 @@
+"""One optimiser step: the gradient over its micro-batches, and what stands between a gradient and an update.
+
+The order is that of every mixed-precision loop: backward passes under autocast, reduction over processes, unscaling,
+the check that all is finite, clipping, the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from horizonplan.algorithms import Algorithm, GradientMethod
+from horizonplan.algorithms.base import gradient_norm, not_finite
+from horizonplan.batch import batch_size, move
+from horizonplan.chain import Chain
+from horizonplan.training.data import Turn
+from horizonplan.training.fused import fused
+from horizonplan.training.precision import autocast
+from horizonplan.training.team import Team
+
+
+@dataclass
+class Stepper:
+    """What a step is made with.
+
+    Attributes:
+        chain: the model as a chain.
+        optimizer: the user's.
+        place: the device to move batches to.
+        team: the processes whose gradients are summed.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        scaler: fp16's.
+        max_grad_norm: what the gradient's norm is clipped to.
+        fuse: update each parameter as soon as its gradient is complete.
+        accumulate: batches whose gradients make one step.
+    """
+
+    chain: Chain
+    optimizer: Optimizer
+    place: torch.device
+    team: Team
+    precision: str = "fp32"
+    scaler: torch.amp.GradScaler | None = None
+    max_grad_norm: float | None = None
+    fuse: bool = False
+    accumulate: int = 1
+
+    def gradient(self, algorithm: Algorithm, turns: Sequence[Turn]) -> Tensor:
+        """Accumulate the gradient of the turns' mean loss; returns that loss. A method that owns its step makes it."""
+        self.clear()
+        if not isinstance(algorithm, GradientMethod):
+            return algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer)
+        sizes = _sizes(turns)
+        (samples,) = self.team.sum(sum(sizes))
+        total: Tensor | None = None
+        for number, (turn, size) in enumerate(zip(turns, sizes, strict=True)):
+            self.team.reducing = number == len(turns) - 1
+            share = size / samples
+            with autocast(self.precision, self.place), self._updating():
+                loss = algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
+            total = share * loss if total is None else total + share * loss
+        self.team.finish()
+        assert total is not None
+        return total if self.team.world == 1 else total.new_tensor(self.team.sum(total.item())[0])
+
+    def update(self, algorithm: Algorithm, loss: Tensor) -> str | None:
+        """Clip and update, unless the loss or the gradient is not finite; that is said in words, then."""
+        own = self.fuse or not isinstance(algorithm, GradientMethod)  # the update is made
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = loss.new_zeros(()) if own else gradient_norm(self.optimizer)
+        if self.scaler is not None:
+            norm = norm.nan_to_num(0.0, 0.0)  # the scaler's concern: it skips the update and lowers the scale
+        wrong = not_finite(loss, norm)
+        if wrong is None and not own:
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(_parameters(self.optimizer), self.max_grad_norm, norm)
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        elif self.scaler is not None:
+            self.scaler.update()
+        return wrong
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.chain.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _updating(self) -> AbstractContextManager[None]:
+        return fused(self.optimizer) if self.fuse else nullcontext()
+
+    def _scale(self, share: float) -> float | Tensor:
+        return share if self.scaler is None else self.scaler.scale(torch.tensor(share, device=self.place))
+
+
+def _sizes(turns: Sequence[Turn]) -> list[int]:
+    """The turns' weights: their samples, or 1 each where samples cannot be told; 0 for what counts elsewhere."""
+    sizes = [batch_size(turn.batch) for turn in turns]
+    known = [size for size in sizes if size is not None]
+    return [
+        (size if size is not None and len(known) == len(sizes) else 1) if turn.counts else 0
+        for turn, size in zip(turns, sizes, strict=True)
+    ]
+
+
+def _parameters(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,382 @@
+"""A run that is broken off and resumed is the run that was not, bit for bit.
+
+The oracle is the uninterrupted run: its weights, optimiser, history and random numbers.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset
+
+import horizonplan as hp
+from horizonplan import algorithms
+from horizonplan.training import EXIT_TERMINATED, CheckpointError, CheckpointWarning, Terminated
+from horizonplan.training.state import FOLDER
+
+
+class Noisy(Dataset):
+    """Samples that are augmented with all the generators that people use."""
+
+    def __init__(self, count):
+        torch.manual_seed(5)
+        self.x, self.y = torch.randn(count, 4), torch.randint(0, 3, (count,))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        noise = torch.rand(4) + random.random() + float(np.random.rand())
+        return self.x[i] + 0.1 * noise, self.y[i]
+
+
+def make():
+    torch.manual_seed(2)
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2)) for _ in range(4)]
+    return nn.Sequential(*blocks, nn.Linear(4, 3))
+
+
+class Broken(Exception):
+    """What ends a run in the middle."""
+
+
+class BreakAt:
+    """Raises after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, run, step):
+        if step["step"] == self.step:
+            raise Broken
+
+
+def run(data, folder, callbacks=(), resume=False, **options):
+    model = make()
+    kept = []
+
+    class Keep:
+        def on_train_end(self, run):
+            kept.append(run.optimizer.state_dict())
+
+    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2), "epochs": 3, "save_every": 2, **options}
+    result = hp.train(
+        model, data(), run_dir=folder, resume=resume, callbacks=[*callbacks, Keep()], progress=False, **options
+    )
+    return model, kept[0], result
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or one != one
+
+
+def scramble():
+    torch.rand(7)
+    random.random()
+    np.random.rand(3)
+
+
+DATA = {
+    "dataset": lambda: Noisy(80),
+    "loader": lambda: DataLoader(Noisy(40), batch_size=8, shuffle=True),
+    "batches": lambda: [
+        (torch.randn(8, 4, generator=g), torch.arange(8) % 3) for g in [torch.Generator()] for _ in "abcd"
+    ],
+}
+OPTIONS = {
+    "plain": {},
+    "horizon": {"algorithm": algorithms.Horizon(2), "max_grad_norm": 0.5},
+    "fp16": {"precision": "fp16", "scheduler": lambda o: CosineAnnealingLR(o, 9), "scheduler_every": "step"},
+    "accumulate": {"accumulate": 2, "precision": "bf16", "scheduler": lambda o: CosineAnnealingLR(o, 3)},
+    "warm-up": {"warmup": 2, "fused": True, "scheduler": hp.DecayOnGrowth},
+    "plateau": {"scheduler": lambda o: ReduceLROnPlateau(o, patience=0), "val_data": DATA["batches"]()},
+    "by epoch": {"save_every": None, "cosine_every": 3, "algorithm": algorithms.Horizon(2, 2, 1)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_a_resumed_run_is_the_uninterrupted_one(data, options, tmp_path):
+    whole, optimizer, result = run(data, tmp_path / "whole", **options)
+    last = len(result.history) - 1
+    for step in sorted({0, 1, last // 2, last}):
+        folder = tmp_path / f"broken-{step}"
+        with pytest.raises(Broken):
+            run(data, folder, [BreakAt(step)], **options)
+        scramble()
+        model, resumed, again = run(data, folder, resume=True, **options)
+        assert same(model.state_dict(), whole.state_dict()), step
+        assert same(resumed, optimizer)
+        assert again.history == result.history
+        assert same(again.validations, result.validations)
+        assert again.final_loss == result.final_loss
+        assert same(load_file(folder / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"))
+
+
+def test_a_run_that_is_broken_off_again_and_again_ends_alike(tmp_path):
+    whole, _, result = run(DATA["loader"], tmp_path / "whole")
+    folder = tmp_path / "broken"
+    for step in (3, 4, 9):
+        with pytest.raises(Broken):
+            run(DATA["loader"], folder, [BreakAt(step)], resume=True)
+    model, _, again = run(DATA["loader"], folder, resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+    assert again.history == result.history
+    steps = [e["step"] for e in events_of(folder) if e["event"] == "step"]
+    assert steps == list(range(len(result.history)))
+
+
+def events_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    whole, _, result = run(DATA["loader"], tmp_path)
+    model, _, again = run(DATA["loader"], tmp_path, resume=True)
+    assert again.history == result.history
+    assert again.final_loss == result.final_loss
+    assert same(model.state_dict(), whole.state_dict())
+
+
+def test_more_epochs_go_on_where_the_run_ended(tmp_path):
+    whole, _, _ = run(DATA["loader"], tmp_path / "whole", epochs=4)
+    run(DATA["loader"], tmp_path / "two", epochs=2)
+    model, _, result = run(DATA["loader"], tmp_path / "two", epochs=4, resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+    assert len(result.history) == 20
+
+
+def test_early_stopping_waits_on(tmp_path):
+    def options():
+        return {"epochs": 9, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "save_every": None}
+
+    def stop():
+        return hp.EarlyStopping(patience=3, metric="loss", min_delta=1e9)
+
+    _, _, result = run(DATA["batches"], tmp_path / "whole", [stop()], **options())
+    assert len(result.history) == 4 * 4
+    with pytest.raises(Broken):
+        run(DATA["batches"], tmp_path / "b", [stop(), BreakAt(9)], **options())
+    _, _, again = run(DATA["batches"], tmp_path / "b", [stop()], resume=True, **options())
+    assert again.history == result.history
+    assert again.stopped == result.stopped
+
+
+def test_a_run_goes_on_elsewhere_from_another_one_s_checkpoint(tmp_path):
+    whole, _, result = run(DATA["loader"], tmp_path / "whole")
+    with pytest.raises(Broken):
+        run(DATA["loader"], tmp_path / "first", [BreakAt(7)])
+    before = sorted(str(path) for path in (tmp_path / "first").rglob("*"))
+    log = (tmp_path / "first" / "log.jsonl").read_bytes()
+    for number, where in enumerate((tmp_path / "first", max((tmp_path / "first" / FOLDER).iterdir()))):
+        model, _, again = run(DATA["loader"], tmp_path / f"second-{number}", resume=where)
+        assert same(model.state_dict(), whole.state_dict())
+        assert again.history == result.history
+    assert sorted(str(path) for path in (tmp_path / "first").rglob("*")) == before
+    assert (tmp_path / "first" / "log.jsonl").read_bytes() == log
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path):
+    whole, _, _ = run(DATA["loader"], tmp_path / "whole")
+    with pytest.raises(Broken):
+        run(DATA["loader"], tmp_path / "b", [BreakAt(9)])
+    newest = max((tmp_path / "b" / FOLDER).iterdir())
+    weights = newest / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.warns(CheckpointWarning, match=re.escape(newest.name)):
+        model, _, _ = run(DATA["loader"], tmp_path / "b", resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+
+
+def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
+    run(DATA["batches"], tmp_path)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="there is a run of 12 steps in it; go on with it by resume=True"):
+        run(DATA["batches"], tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+CHANGES = [
+    ({"precision": "bf16"}, "precision='fp32', this run has 'bf16'"),
+    ({"accumulate": 2}, "accumulate=1, this run has 2"),
+    ({"algorithm": algorithms.Horizon(1)}, "algorithm="),
+    ({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)}, "optimizer='AdamW', this run has 'SGD'"),
+    ({"scheduler": hp.DecayOnGrowth}, "scheduler=None"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CHANGES, ids=[message for _, message in CHANGES])
+def test_another_setting_is_refused(options, message, tmp_path):
+    with pytest.raises(Broken):
+        run(DATA["batches"], tmp_path, [BreakAt(5)])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(DATA["batches"], tmp_path, resume=True, **options)
+    run(DATA["batches"], tmp_path, resume=True)
+
+
+def test_another_model_is_refused(tmp_path):
+    with pytest.raises(Broken):
+        run(DATA["batches"], tmp_path, [BreakAt(5)])
+    wider = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"is of another model: 'model\.0\.1\.bias' is in one of them only"):
+        hp.train(wider, DATA["batches"](), run_dir=tmp_path, resume=True, progress=False)
+
+
+def test_nothing_to_resume_from(tmp_path):
+    _, _, result = run(DATA["batches"], tmp_path / "new", resume=True)  # a first start with the same command
+    assert len(result.history) == 12
+    with pytest.raises(ValueError, match="there is no valid checkpoint in that folder"):
+        run(DATA["batches"], tmp_path / "other", resume=tmp_path / "nowhere")
+    assert not (tmp_path / "other" / "log.jsonl").exists()
+
+
+def test_a_lost_log_is_an_error(tmp_path):
+    with pytest.raises(Broken):
+        run(DATA["batches"], tmp_path, [BreakAt(5)])
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match="bring back the rest"):
+        run(DATA["batches"], tmp_path, resume=True)
+
+
+class Terminate:
+    """Sends SIGTERM in a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, run, step):
+        if step["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_finishes_the_step_saves_and_ends_with_its_code(tmp_path):
+    whole, _, result = run(DATA["loader"], tmp_path / "whole", save_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="SIGTERM: 7 steps are made and saved; go on with resume=True") as caught:
+        run(DATA["loader"], tmp_path / "b", [Terminate(6)], save_every=100)
+    assert caught.value.code == EXIT_TERMINATED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    model, _, again = run(DATA["loader"], tmp_path / "b", resume=True, save_every=100)
+    assert same(model.state_dict(), whole.state_dict())
+    assert again.history == result.history
+
+
+SCRIPT = """
+    import sys, time
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+    import horizonplan as hp
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.1)) for _ in range(4)]
+    model = nn.Sequential(*blocks, nn.Linear(16, 3))
+    data = DataLoader(TensorDataset(torch.randn(240, 16), torch.randint(0, 3, (240,))), batch_size=8, shuffle=True)
+
+    class Slow:
+        def on_train_begin(self, run):
+            print("ready", flush=True)
+
+        def on_step_end(self, run, step):
+            print(step["step"], flush=True)
+            time.sleep(float(sys.argv[2]))
+
+    hp.train(model, data, epochs=4, run_dir=sys.argv[1], save_every=3, resume=True, callbacks=[Slow()], progress=False,
+             algorithm=hp.algorithms.Horizon(2))
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "run.py"
+    path.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    return path
+
+
+def start(script, folder, pause):
+    command = [sys.executable, str(script), str(folder), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigterm_to_a_process(script, tmp_path):
+    process = start(script, tmp_path, 0.01)
+    for line in process.stdout:
+        if line.strip() == "4":
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_TERMINATED, errors
+    names = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
+    made = sum(event["event"] == "step" for event in events_of(tmp_path))
+    assert names[-1] == f"step-{made:09d}"
+
+
+def test_a_second_sigterm_ends_at_once(script, tmp_path):
+    process = start(script, tmp_path, 30)
+    for line in process.stdout:
+        if line.strip() == "0":
+            break
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None  # the step is not over
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == EXIT_TERMINATED
+    assert time.monotonic() - started < 25  # long before the step's end
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_final_weights_are_those_of_an_uninterrupted_run(script, tmp_path):
+    whole = tmp_path / "whole"
+    process = start(script, whole, 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    expected = load_file(whole / "model.safetensors")
+    steps = [event["loss"] for event in events_of(whole) if event["event"] == "step"]
+    assert len(steps) == 120
+    chance, kills, finished, folder = random.Random(0), 0, 0, tmp_path / "killed"
+    while kills < 50:
+        process = start(script, folder, 0.004)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        try:
+            process.wait(timeout=chance.uniform(0.0, 0.35))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        _, errors = process.communicate(timeout=60)
+        if process.returncode == 0:
+            assert same(load_file(folder / "model.safetensors"), expected)
+            finished += 1
+            shutil.rmtree(folder)
+        else:
+            assert process.returncode == -signal.SIGKILL, errors
+    process = start(script, folder, 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert same(load_file(folder / "model.safetensors"), expected)
+    assert [event["loss"] for event in events_of(folder) if event["event"] == "step"] == steps
+    assert not [path for path in Path(folder, FOLDER).iterdir() if not path.name.startswith("step-")]
