@@ -1,11 +1,15 @@
 """A fused optimiser step: a parameter is updated when its gradient is complete, and the gradient is freed at once.
 
 A plain step has all gradients alive together before the optimiser sees the first. In a fused step those of one
-operation of autograd are, at most a block's. Every operation of a schedule reads the weights of one block (``Run``,
-``Rerun``, ``Pull``) or of the head (``Loss``). So a weight may change in the middle of a step if the last operation
-that reads it is also the last that trains it: :func:`check_schedule`. The weights of several modules or windows are
-handed over after the last of their uses (:mod:`horizonplan.gradient.sums`), and within one backward pass autograd
-calls a parameter's hook after every operator that differentiates it.
+operation of autograd are, at most a block's, and the optimiser's temporaries for one parameter, which may come on top
+of activations that a plain step has freed by then. A weight with several uses still waits for the last of them.
+The price is a call of ``optimizer.step`` for each parameter.
+
+Every operation of a schedule reads the weights of one block (``Run``, ``Rerun``, ``Pull``) or of the head (``Loss``).
+So a weight may change in the middle of a step if the last operation that reads it is also the last that trains it:
+:func:`check_schedule`. The weights of several modules or windows are handed over after the last of their uses
+(:mod:`horizonplan.gradient.sums`), and within one backward pass autograd calls a parameter's hook after every operator
+that differentiates it.
 """
 
 from __future__ import annotations
