@@ -96,12 +96,15 @@ def scramble():
     np.random.rand(3)
 
 
+def batches():
+    torch.manual_seed(6)
+    return [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
+
+
 DATA = {
     "dataset": lambda: Noisy(80),
     "loader": lambda: DataLoader(Noisy(40), batch_size=8, shuffle=True),
-    "batches": lambda: [
-        (torch.randn(8, 4, generator=g), torch.arange(8) % 3) for g in [torch.Generator()] for _ in "abcd"
-    ],
+    "batches": batches,
 }
 OPTIONS = {
     "plain": {},
@@ -109,7 +112,7 @@ OPTIONS = {
     "fp16": {"precision": "fp16", "scheduler": lambda o: CosineAnnealingLR(o, 9), "scheduler_every": "step"},
     "accumulate": {"accumulate": 2, "precision": "bf16", "scheduler": lambda o: CosineAnnealingLR(o, 3)},
     "warm-up": {"warmup": 2, "fused": True, "scheduler": hp.DecayOnGrowth},
-    "plateau": {"scheduler": lambda o: ReduceLROnPlateau(o, patience=0), "val_data": DATA["batches"]()},
+    "plateau": {"scheduler": lambda o: ReduceLROnPlateau(o, patience=0), "val_data": batches()},
     "by epoch": {"save_every": None, "cosine_every": 3, "algorithm": algorithms.Horizon(2, 2, 1)},
 }
 

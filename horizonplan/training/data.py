@@ -131,7 +131,7 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there at the next call of ``batches``, which also brings back the state of all generators.
+        """Bring all generators back, and continue there at the next call of ``batches``.
 
         Raises:
             ValueError: the state is that of another seed, process, number of processes or length of the data; or it is
@@ -149,6 +149,9 @@ class Stream:
                 "in_order=True, or resume from the end of an epoch."
             )
         self._pending = state
+        self.epoch, self.position = state["epoch"], state["position"]
+        with on_host():
+            restore(state["random"], self.devices, self._generators)
 
     def _settings(self) -> dict[str, Any]:
         return {"seed": self.seed, "rank": self.rank, "world": self.world, "length": _length(self.loader)}

@@ -107,8 +107,8 @@ class Loop:
             self._fault(wrong)
         entry = {"epoch": run.epoch, "step": run.step, "loss": loss}
         run.history.append(entry)
-        run.log.event("step", **entry, seconds=run.seconds[-1], lr=run.learning_rate, skipped=wrong is not None)
-        if self.scheduler_every == "step" and run.scheduler is not None and wrong is None:
+        run.log.event("step", **entry, seconds=run.seconds[-1], lr=run.learning_rate, updated=run.stepper.updated)
+        if self.scheduler_every == "step" and run.scheduler is not None and run.stepper.updated:
             run.scheduler.step()
         run.step += 1
         run.call("on_step_end", entry)

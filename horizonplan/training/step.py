@@ -39,6 +39,7 @@ class Stepper:
         max_grad_norm: what the gradient's norm is clipped to.
         fuse: update each parameter as soon as its gradient is complete.
         accumulate: batches whose gradients make one step.
+        updated: whether the last step changed the weights.
     """
 
     chain: Chain
@@ -50,6 +51,7 @@ class Stepper:
     max_grad_norm: float | None = None
     fuse: bool = False
     accumulate: int = 1
+    updated: bool = False
 
     def gradient(self, algorithm: Algorithm, turns: Sequence[Turn]) -> Tensor:
         """Accumulate the gradient of the turns' mean loss; returns that loss. A method that owns its step makes it."""
@@ -70,24 +72,27 @@ class Stepper:
         return total if self.team.world == 1 else total.new_tensor(self.team.sum(total.item())[0])
 
     def update(self, algorithm: Algorithm, loss: Tensor) -> str | None:
-        """Clip and update, unless the loss or the gradient is not finite; that is said in words, then."""
-        own = self.fuse or not isinstance(algorithm, GradientMethod)  # the update is made
+        """Clip and update, unless the loss or the gradient is not finite; that is said in words, then.
+
+        In fp16 a gradient that overflows is no fault while the scale is above 1: the scale is lowered.
+        """
+        if self.fuse or not isinstance(algorithm, GradientMethod):  # the update is made
+            wrong = not_finite(loss, loss.new_zeros(()))
+            self.updated = wrong is None
+            return wrong
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = loss.new_zeros(()) if own else gradient_norm(self.optimizer)
-        if self.scaler is not None:
-            norm = norm.nan_to_num(0.0, 0.0)  # the scaler's concern: it skips the update and lowers the scale
+        norm = gradient_norm(self.optimizer)
         wrong = not_finite(loss, norm)
-        if wrong is None and not own:
+        self.updated = wrong is None
+        if self.updated:
             if self.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(_parameters(self.optimizer), self.max_grad_norm, norm)
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-        elif self.scaler is not None:
+            self.optimizer.step()
+        if self.scaler is not None:
             self.scaler.update()
+            if torch.isfinite(loss) and self.scaler.get_scale() >= 1:
+                wrong = None
         return wrong
 
     def clear(self) -> None:
