@@ -128,8 +128,11 @@ MAPS = {
     "in order": lambda noisy: rows_loader(noisy),
     "shuffled": lambda noisy: rows_loader(noisy, shuffle=True, drop_last=True),
     "shuffled by a generator": lambda noisy: rows_loader(noisy, shuffle=True, generator=seeded_generator()),
+    "shuffled by the global generator": lambda noisy: rows_loader(
+        noisy, shuffle=True, generator=torch.default_generator
+    ),
     "a sampler's generator": lambda noisy: rows_loader(
-        noisy, lambda data: RandomSampler(data, replacement=True, num_samples=40, generator=seeded_generator())
+        noisy, lambda data: RandomSampler(data, replacement=True, num_samples=21, generator=seeded_generator())
     ),
     "subset": lambda noisy: rows_loader(noisy, lambda data: SubsetRandomSampler(range(2, 12))),
     "weighted": lambda noisy: rows_loader(noisy, lambda data: WeightedRandomSampler([1.0, 2.0] * 6, 11)),
@@ -335,6 +338,17 @@ def test_processes_share_the_batches_of_one(kind, world):
         assert all(turn.counts for turn in turns[:-1])
         if not turns[-1].counts:
             assert turns[-1].batch is turns[-2].batch
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 129])
+def test_so_they_do_in_long_epochs(rows):
+    whole, one, two = (
+        [turn.batch.item() for turn in Stream(loader, rank=rank, world=world).batches(0) if turn.counts]
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+        for loader in [DataLoader(Rows(rows, noisy=False), batch_size=1, sampler=Lazy(rows))]
+    )
+    assert sorted(whole) == list(range(rows))
+    assert (one, two) == (whole[::2], whole[1::2])
 
 
 def test_a_process_loads_its_own_batches_only():

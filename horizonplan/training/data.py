@@ -50,6 +50,10 @@ class Stream:
     going through the batches again needs no help from it. ``persistent_workers`` is taken as ``False``, because what
     such workers have drawn in earlier epochs is in no state that could be saved.
 
+    Two things cannot be seen from here. Generators are saved if they are global or an attribute of the loader, its
+    samplers or its dataset, not if they are buried deeper (in a transform). And a stream that itself picks a part by
+    rank must say so by an attribute ``num_replicas``, or a part of that part is taken.
+
     Args:
         loader: batches, the same number of them each time it is iterated if random numbers are the same.
         devices: CUDA devices that the run draws random numbers on.
