@@ -117,8 +117,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+QUICK = {("dataset", name) for name in OPTIONS} | {("loader", "plain"), ("batches", "accumulate")}
+CASES = [
+    pytest.param(
+        DATA[data], OPTIONS[name], id=f"{data}, {name}", marks=[] if (data, name) in QUICK else pytest.mark.slow
+    )
+    for data in DATA
+    for name in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("data", "options"), CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(data, options, tmp_path):
     whole, optimizer, result = run(data, tmp_path / "whole", **options)
     last = len(result.history) - 1
@@ -259,7 +268,7 @@ def test_a_lost_log_is_an_error(tmp_path):
     with pytest.raises(Broken):
         run(DATA["batches"], tmp_path, [BreakAt(5)])
     (tmp_path / "log.jsonl").write_text("{}\n")
-    with pytest.raises(CheckpointError, match="bring back the rest"):
+    with pytest.raises(CheckpointError, match="bring the whole log back"):
         run(DATA["batches"], tmp_path, resume=True)
 
 

@@ -93,6 +93,7 @@ def restore_weights(run: Run, found: Checkpoint) -> None:
                 raise ValueError(f"resume: {found.path} is of another model: {name!r} is {shapes}.")
             value.copy_(found.weights[name])
     run.optimizer.load_state_dict(found.state["optimizer"])
+    run.optimizer._opt_called = True  # type: ignore[attr-defined]  # before the resume; schedulers warn without it
     for name, part in _parts(run).items():
         part.load_state_dict(found.state[name])
     for method, state in zip(run.methods.values(), found.state["methods"], strict=True):
