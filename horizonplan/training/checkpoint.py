@@ -32,6 +32,7 @@ from horizonplan.training.files import (
     check_tensors,
     checked_meta,
     checked_state,
+    in_words,
     length,
     make_folder,
     state_bytes,
@@ -142,7 +143,7 @@ def save(
         _make(final, step, weights, state, meta)
     except OSError as error:
         raise CheckpointError(_refusal(error, folder, step, weights, state)) from error
-    for path in (_aside(final), *surplus):
+    for path in (final.with_name(final.name + ASIDE), *surplus):
         if os.path.lexists(path):
             _remove(path)
     return final
@@ -177,16 +178,13 @@ def latest(folder: Path) -> Checkpoint | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed: {_words(error)}. Give a folder of checkpoints.") from error
+        raise CheckpointError(f"{folder} cannot be listed: {in_words(error)}. Give a folder of checkpoints.") from error
     for _, path in found:
         try:
             return load(path)
         except CheckpointError as error:
             warnings.warn(f"passed over: {error}", CheckpointWarning, stacklevel=2)
     return None
-
-
-# Writing
 
 
 def _make(final: Path, step: int, weights: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any]) -> None:
@@ -215,13 +213,13 @@ def _fill(part: Path, step: int, weights: Mapping[str, Tensor], state: Any, meta
     }
     text = json.dumps(manifest, indent=2) + "\n"
     head, _, tail = text.rpartition(_NO_DIGEST)
-    write_new(part / MANIFEST, f"{head}{_digest_of(text.encode())}{tail}".encode())
+    write_new(part / MANIFEST, f"{head}{hashlib.sha256(text.encode()).hexdigest()}{tail}".encode())
     sync_folder(part)
 
 
 def _publish(part: Path, final: Path) -> None:
     """Rename ``part`` to ``final``. Killed at any moment, there is a whole checkpoint of the step if there was one."""
-    aside = _aside(final)
+    aside = final.with_name(final.name + ASIDE)
     try:
         if os.path.lexists(final):  # no system call swaps two folders everywhere
             os.replace(final, aside)
@@ -265,12 +263,8 @@ def _remove(path: Path) -> None:
         else:
             path.unlink()
     except OSError as error:
-        message = f"{path} could not be removed: {_words(error)}. The next save tries again."
+        message = f"{path} could not be removed: {in_words(error)}. The next save tries again."
         warnings.warn(message, CheckpointWarning, stacklevel=3)
-
-
-def _aside(final: Path) -> Path:
-    return final.with_name(final.name + ASIDE)
 
 
 def _temporary(path: Path) -> Path:
@@ -287,8 +281,8 @@ def _refusal(error: OSError, folder: Path, step: int, weights: Mapping[str, Tens
     last = f"The last intact checkpoint is {intact}" if intact else "There is no intact checkpoint"
     remedy = "Free space (or raise the quota or limit)" if error.errno in _NO_SPACE else "Set that right"
     return (
-        f"checkpoint of step {step}: {_words(error)}{place}. Its tensors are {wanted} bytes ({format_bytes(wanted)}). "
-        f"{last}. {remedy}, then train again with resume=True."
+        f"checkpoint of step {step}: {in_words(error)}{place}. "
+        f"Its tensors are {wanted} bytes ({format_bytes(wanted)}). {last}. {remedy}, then train again with resume=True."
     )
 
 
@@ -300,14 +294,6 @@ def _intact(folder: Path) -> Path | None:
                 _verified(path)
                 return path
     return None
-
-
-def _words(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return text[:1].lower() + text[1:]
-
-
-# Reading
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
@@ -385,7 +371,8 @@ def _parsed(path: Path, data: Any, content: bytes) -> _Manifest:
             f"{path}: schema_version={version} is newer than this horizonplan reads ({SCHEMA_VERSION}); upgrade it."
         )
     digest, step, meta, files = (data.get(key) for key in ("sha256", "step", "meta", "files"))
-    if not _is_digest(digest) or _digest_of(content.replace(digest.encode(), _NO_DIGEST.encode())) != digest:
+    unsigned = content.replace(digest.encode(), _NO_DIGEST.encode()) if _is_digest(digest) else b""
+    if hashlib.sha256(unsigned).hexdigest() != digest:
         raise _damaged(path, f"{MANIFEST} has another SHA-256 than it says")
     named = isinstance(files, dict) and files.keys() == {WEIGHTS, STATE} and all(map(_is_written, files.values()))
     if not _is_count(step) or not isinstance(meta, dict) or not named:
@@ -406,10 +393,5 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _digest_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _damaged(path: Path, what: str, error: Exception | None = None) -> CheckpointError:
-    words = _words(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return CheckpointError(f"{path}: {what}{f' ({words})' if error else ''}; use another checkpoint.")
+    return CheckpointError(f"{path}: {what}{f' ({in_words(error)})' if error else ''}; use another checkpoint.")

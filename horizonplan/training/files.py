@@ -135,6 +135,22 @@ def length(path: Path) -> int:
     return status.st_size
 
 
+def in_words(error: Exception) -> str:
+    """An error in one line.
+
+    Of torch's pages on what it will not unpickle only the reason: the rest tells how to execute it all the same.
+
+    Example:
+        >>> in_words(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/state.pt"))
+        'no space left on device'
+    """
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        return text[:1].lower() + text[1:]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". Please use")[0]
+    return " ".join([f"{type(error).__name__}:", *text.splitlines()[:1]])
+
+
 class _HashedFile(io.RawIOBase):
     """A new file that hashes what it has written, and remembers what went wrong first.
 
@@ -309,7 +325,7 @@ def _unreadable(value: Any) -> str | None:
         file.seek(0)
         torch.load(file, weights_only=True)
     except Exception as error:  # whatever pickling an object of any kind may raise
-        return f"{type(error).__name__}: {error}"
+        return in_words(error)
     return None
 
 
