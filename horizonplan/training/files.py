@@ -47,8 +47,9 @@ class Written:
 def write(path: str | Path, content: Content) -> Written:
     r"""Replace one file by ``content``, which is bytes or a function that writes into a binary file.
 
-    The file at ``path`` is the old one or the new one at any moment. If this raises, it is the old one. Two processes
-    that write the same file at once do not mix their bytes; one of them may get a ``FileNotFoundError``.
+    The file at ``path`` is the old one or the new one at any moment. If this raises, it is the old one, unless only the
+    folder could not be flushed. Two processes that write the same file at once do not mix their bytes; one of them may
+    get a ``FileNotFoundError``.
 
     Raises:
         OSError: it cannot be written; ``filename`` says what.
