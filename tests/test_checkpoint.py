@@ -715,6 +715,24 @@ def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["step-000000003", "step-000000004"]
 
 
+def test_a_system_that_writes_a_few_bytes_at_a_time(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:1000]))
+    weights, state, meta = {"w": torch.randn(1000)}, {"m": torch.randn(1000)}, {"epoch": 1}
+    found = load(save(tmp_path, 1, weights, state, meta))
+    assert same(found.weights, weights)
+    assert same(found.state, state)
+
+
+def test_after_an_error_nothing_more_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BUFFER_BYTES", 128)
+    faulty = Faulty(monkeypatch, ["write"], 1, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(tmp_path / "state.pt", lambda file: torch.save({"m": torch.ones(1000)}, file))
+    assert faulty.done == ["write"] * 2
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_s_killed_writers_are_removed(tmp_path):
     for name in (".a[1].json.0123abcd.tmp", ".a1.json.0123abcd.tmp", "a[1].json.tmp"):
         (tmp_path / name).touch()
