@@ -18,7 +18,7 @@ from horizonplan.plan import Plan
 try:
     import transformers
 
-    import_module("accelerate")  # which the Trainer misses only when it is made
+    memory = import_module("accelerate.utils.memory")
 except ImportError as error:
     raise ImportError(
         f"horizonplan.integrations.hugging_face needs transformers and accelerate ({error}): "
@@ -89,7 +89,7 @@ class HorizonTrainer(transformers.Trainer):
         batch = _Batch(self._prepare_inputs(inputs), num_items_in_batch, self._divisor(num_items_in_batch))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
-            torch.accelerator.empty_cache()
+            memory.clear_device_cache()
         with self.compute_loss_context_manager():
             return self._gradient.backward(model, batch, self._batch_loss, self._scale())
 
@@ -134,4 +134,4 @@ def _refused(trainer: transformers.Trainer) -> Iterator[tuple[str, str]]:
     if args.torch_compile:
         yield "torch_compile=True", "a compiled whole model hides its blocks; compile the blocks (block.compile())"
     if args.optim in ("lomo", "adalomo"):
-        yield f"optim={str(args.optim)!r}", "it makes the backward pass itself; choose another optimiser"
+        yield f"optim={args.optim.value!r}", "it makes the backward pass itself; choose another optimiser"
