@@ -153,6 +153,10 @@ class HorizonMixin(LightningModule):
             raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a number > 0, or None.")
         if self.automatic_optimization:
             raise ValueError("automatic_optimization=True: horizon_step updates by itself; leave it at False.")
+        if getattr(self, "_compiler_ctx", None) is not None:  # Lightning's note of a compiled module
+            raise ValueError(
+                "torch.compile(module): it hides the blocks; compile the blocks instead (block.compile())."
+            )
         if not isinstance(self.trainer.strategy, SingleDeviceStrategy):
             raise ValueError(
                 f"strategy: {type(self.trainer.strategy).__name__} wraps the model, or reduces gradients before they "
