@@ -21,6 +21,12 @@ from horizonplan.algorithms import Algorithm, BackPropagation, Horizon
 from horizonplan.integrations.lightning import HorizonMixin
 
 SEED = 3
+# Lightning's: no workers in the loader, few batches to log, torch's deprecated names.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
+]
 METHODS = [Horizon(2), Horizon(2, stride=2), BackPropagation(recompute=1)]
 
 
@@ -104,20 +110,6 @@ def fitted(folder, module, data=None, ckpt_path=None, **settings):
     return module
 
 
-noisy = [  # lightning: no workers in the loader, few batches, GPUs unused; its use of torch's own deprecated names
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
-]
-
-
-def of_lightning(test):
-    for mark in noisy:
-        test = mark(test)
-    return test
-
-
-@of_lightning
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_module_trains_as_horizonplan_does(tmp_path, method):
     module = fitted(tmp_path, Module(method))
@@ -157,7 +149,6 @@ LOOPS = {
 }
 
 
-@of_lightning
 @pytest.mark.parametrize(("settings", "step", "schedule"), LOOPS.values(), ids=LOOPS)
 def test_an_exact_gradient_is_lightning_s_own_bit_for_bit(tmp_path, settings, step, schedule):
     made = [{k: v() if callable(v) else v for k, v in settings.items()} for _ in range(2)]
@@ -171,7 +162,6 @@ def test_an_exact_gradient_is_lightning_s_own_bit_for_bit(tmp_path, settings, st
     assert_same(weights(own), weights(plain))
 
 
-@of_lightning
 def test_clipping_is_of_the_unscaled_gradient(tmp_path):
     """Clipped while it is scaled by a power of two, to a norm scaled likewise: equal but for clip_grad_norm_'s 1e-6."""
     plain = fitted(tmp_path, Automatic(), plugins=half_precision(), gradient_clip_val=0.1)
@@ -182,7 +172,6 @@ def test_clipping_is_of_the_unscaled_gradient(tmp_path):
     assert own.trainer.scaler.get_scale() < 2.0**20  # a step was skipped
 
 
-@of_lightning
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_accumulation_and_clipping_in_a_module_are_a_loop_written_out(tmp_path, method):
     module = fitted(tmp_path, Module(method, {"accumulate": 2, "max_grad_norm": 0.1}))
@@ -200,7 +189,6 @@ def test_accumulation_and_clipping_in_a_module_are_a_loop_written_out(tmp_path, 
     assert module.trainer.global_step == 3
 
 
-@of_lightning
 def test_bf16_of_a_truncated_gradient_in_a_module_is_autocast_around_the_loss(tmp_path):
     module = fitted(tmp_path, Module(Horizon(2)), precision="bf16-mixed")
     twin = network()
@@ -213,13 +201,16 @@ def test_bf16_of_a_truncated_gradient_in_a_module_is_autocast_around_the_loss(tm
     assert_same(weights(module.model), weights(twin))
 
 
-@of_lightning
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # lightning, of what it resumes
 def test_a_module_goes_on_from_lightning_s_checkpoint(tmp_path):
     def adam(parameters):
         return torch.optim.AdamW(parameters, lr=0.01)
 
-    def keeping(folder):
-        return {"callbacks": [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)], "enable_checkpointing": True}
+    def keeping():
+        return {
+            "callbacks": [ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)],
+            "enable_checkpointing": True,
+        }
 
     settings = {"optimizer": adam, "scheduler": linear}
 
@@ -228,17 +219,15 @@ def test_a_module_goes_on_from_lightning_s_checkpoint(tmp_path):
             torch.manual_seed(self.current_epoch)
 
     whole = Seeded(Horizon(2), **settings)
-    fitted(tmp_path, whole, max_epochs=2, **keeping(tmp_path / "whole"))
+    fitted(tmp_path, whole, max_epochs=2, **keeping())
     resumed = Seeded(Horizon(2), seed=9, **settings)
-    made = tmp_path / "whole" / "epoch=0.ckpt"
-    fitted(tmp_path, resumed, max_epochs=2, ckpt_path=made, **keeping(tmp_path / "resumed"))
+    fitted(tmp_path, resumed, max_epochs=2, ckpt_path=tmp_path / "kept" / "epoch=0.ckpt", **keeping())
     assert_same(weights(resumed), weights(whole))
     assert resumed.losses == whole.losses[5:]
     assert resumed.rates == whole.rates[5:]
     assert resumed.trainer.global_step == whole.trainer.global_step == 10
 
 
-@of_lightning
 def test_lightning_s_hooks_are_called_with_the_gradient_there(tmp_path):
     class Told(Module):
         def __init__(self, **kwargs):
@@ -275,7 +264,6 @@ def test_lightning_s_hooks_are_called_with_the_gradient_there(tmp_path):
     assert module.told == expected
 
 
-@of_lightning
 def test_a_module_s_method_may_change_on_the_way(tmp_path):
     class Growing(Module):
         def on_train_epoch_start(self):
@@ -292,7 +280,6 @@ def test_a_module_s_method_may_change_on_the_way(tmp_path):
     assert_same(weights(module.model), weights(twin))
 
 
-@of_lightning
 def test_a_module_whose_own_layers_are_the_blocks_takes_a_plan_and_a_loss(tmp_path):
     class Own(HorizonMixin, lightning.LightningModule):
         def __init__(self, plan=None):
@@ -328,7 +315,6 @@ def test_a_module_whose_own_layers_are_the_blocks_takes_a_plan_and_a_loss(tmp_pa
     assert_same(weights(module), weights(twin))
 
 
-@of_lightning
 def test_a_copy_of_a_trained_module_trains_itself(tmp_path):
     module = fitted(tmp_path, Module(Horizon(2)))
     twin = copy.deepcopy(module)
@@ -339,7 +325,6 @@ def test_a_copy_of_a_trained_module_trains_itself(tmp_path):
     assert_same(weights(twin), weights(module))
 
 
-@of_lightning
 def test_schedulers_are_left_to_the_user_who_asks_for_it(tmp_path):
     module = fitted(tmp_path, Module(step={"step_schedulers": False}, scheduler=linear))
     assert set(module.rates) == {0.1 / 3}  # LinearLR's start
@@ -366,7 +351,6 @@ BAD_STEPS = [
 ]
 
 
-@of_lightning
 @pytest.mark.parametrize(("step", "settings", "message"), BAD_STEPS, ids=[message[:20] for *_, message in BAD_STEPS])
 def test_a_step_refuses_what_it_does_not_go_with(tmp_path, step, settings, message):
     module = Module(step=step, **settings)
@@ -386,7 +370,6 @@ def test_a_step_refuses_automatic_optimisation_and_strategies_that_wrap():
         module.horizon_step(pairs()[0])
 
 
-@of_lightning
 def test_a_compiled_module_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"torch.compile\(module\): it hides the blocks; compile the blocks"):
         fitted(tmp_path, torch.compile(Module(), backend="eager"))
