@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from horizonplan import Plan
@@ -36,6 +37,9 @@ def batches():
 
 def images():
     return [(torch.randn(4, 1, 8, 8), torch.arange(4)) for _ in range(2)]
+
+def scheduler(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 def optimizer(parameters):
     return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
@@ -184,20 +188,57 @@ def test_plan_goes_from_file_into_training(tmp_path):
     plan = Plan.load(tmp_path / "plan.json")
     words = ["--plan", tmp_path / "plan.json", "--run-dir", tmp_path / "run", "--epochs", 3, "--json"]
     result = json.loads(trained(*words).stdout)
-    assert set(result) == {"final_loss", "val_metrics", "peak_bytes", "step_seconds", "horizon", "stride"}
+    assert set(result) == {"final_loss", "val_metrics", "peak_bytes", "step_seconds", "stopped", "horizon", "stride"}
     assert (result["horizon"], result["stride"]) == (plan.horizon, plan.stride)
     assert set(result["val_metrics"]) == {"loss", "accuracy"}
     assert result["peak_bytes"] > 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(entry["event"] == "step" for entry in log) == 3 * 2
     assert Plan.load(tmp_path / "run" / "plan.json") == plan
-    assert torch.load(tmp_path / "run" / "model.pt")["0.0.weight"].shape == (6, 6)
+    assert load_file(tmp_path / "run" / "model.safetensors")["0.0.weight"].shape == (6, 6)
 
 
 def test_training_prints_loss_metrics_memory_and_time():
     text = trained("--lr", "0.01").stdout
     for word in ("training loss", "validation loss", "validation accuracy", "peak memory", "time of a step"):
         assert word in text
+
+
+def test_training_takes_what_the_trainer_takes(tmp_path):
+    words = ["--precision", "bf16", "--accumulate", 2, "--max-grad-norm", 1, "--warmup", 2, "--deterministic"]
+    words += ["--epochs", 3, "--tensorboard", "--cosine-every", 2, "--watch-every", 1, "--horizon", 4]
+    words += ["--scheduler", mine("scheduler"), "--run-dir", tmp_path / "run", "--nonfinite", "rollback", "--json"]
+    result = json.loads(trained(*words).stdout)
+    assert result["horizon"] == 4
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [e["horizon"] for e in log if e["event"] == "epoch_begin"] == [1, 2, 4]
+    assert [e["lr"] for e in log if e["event"] == "step"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    assert {"memory", "cosine", "save"} <= {e["event"] for e in log}
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_run_is_resumed_and_not_overwritten(tmp_path):
+    words = ["--run-dir", tmp_path / "run", "--json", "--scheduler", "decay-on-growth"]
+    whole = json.loads(trained("--epochs", 3, "--scheduler", "decay-on-growth", "--json").stdout)
+    trained("--epochs", 2, *words)
+    assert "there is a run of 4 steps in it" in fails_in_one_line(
+        "train", mine("model"), "--data", mine("both"), "--epochs", 3, *words
+    )
+    again = json.loads(trained("--epochs", 3, "--resume", *words).stdout)
+    assert again["final_loss"] == whole["final_loss"]
+    assert again["val_metrics"] == whole["val_metrics"]
+
+
+def test_patience_ends_a_run(tmp_path):
+    result = json.loads(trained("--optimizer", "sgd", "--lr", 0, "--patience", 2, "--epochs", 9, "--json").stdout)
+    assert "val_loss has not improved for 2 epochs" in result["stopped"]
+    text = trained("--optimizer", "sgd", "--lr", 0, "--patience", 1, "--epochs", 9, data="data").stdout
+    assert "stopped early: loss has not improved" in text
+
+
+def test_fused_and_compiled_training_are_training(tmp_path):
+    plain = json.loads(trained("--json").stdout)
+    assert json.loads(trained("--fused", "--json").stdout)["final_loss"] == plain["final_loss"]
 
 
 def test_training_with_a_horizon_of_ones_own():
@@ -284,7 +325,10 @@ def test_plan_that_cannot_be(words, reason):
     [
         (["--horizon", "9"], "horizon=9"),
         (["--horizon", "2", "--stride", "3"], "stride=3"),
-        (["--epochs", "0"], "epochs=0"),
+        (["--max-grad-norm", "0"], "max_grad_norm=0.0: give a number > 0"),
+        (["--fused", "--accumulate", "2"], "fused and accumulate=2"),
+        (["--scheduler", "linear"], "give cosine, decay-on-growth, or module:function"),
+        (["--nonfinite", "rollback"], "it needs a run_dir"),
         (["--plan", "absent.json"], "absent.json: No such file"),
         (["--plan", "horizonplan_user.py"], "horizonplan_user.py is no JSON file"),
         (["--data", mine("infinite")], "the weights were not updated"),
@@ -331,6 +375,11 @@ def test_debug_shows_the_traceback():
         ["train", "a:b", "--data", "digits", "--stride", "2"],
         ["train", "a:b", "--data", "digits", "--batch-size", "0"],
         ["train", "a:b", "--data", "digits", "--epochs", "many"],
+        ["train", "a:b", "--data", "digits", "--epochs", "0"],
+        ["train", "a:b", "--data", "digits", "--resume"],
+        ["train", "a:b", "--data", "digits", "--tensorboard"],
+        ["train", "a:b", "--data", "digits", "--save-every", "5"],
+        ["train", "a:b", "--data", "digits", "--precision", "fp8"],
         ["doctor", "--unknown"],
         ["plans"],
     ],
@@ -344,7 +393,9 @@ OPTIONS = {
     "plan": "MODEL --data --epsilon --lam --memory-limit --unit-cost --node-memory --ladder --candidates --horizons "
     "--strides --rollout-steps --batches --batch-size --blocks --optimizer --lr --device --seed --out --plot --json",
     "train": "MODEL --data --plan --horizon --stride --recompute --epochs --optimizer --lr --run-dir --device --seed "
-    "--batch-size --blocks --json --debug",
+    "--batch-size --blocks --json --debug --warmup --save-every --resume --scheduler --precision --accumulate "
+    "--max-grad-norm --fused --compile --patience --nonfinite --watch-every --cosine-every --tensorboard "
+    "--deterministic",
     "doctor": "--json --debug",
 }
 

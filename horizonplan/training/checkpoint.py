@@ -27,19 +27,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from horizonplan.training.files import (
-    Written,
-    check_tensors,
-    checked_meta,
-    checked_state,
-    in_words,
-    length,
-    make_folder,
-    state_bytes,
-    sync_folder,
-    write_new,
-    write_tensors,
-)
+from horizonplan.training.contents import check_tensors, checked_meta, checked_state, state_bytes, write_tensors
+from horizonplan.training.files import Written, in_words, length, make_folder, sync_folder, write_new
 from horizonplan.units import format_bytes
 
 SCHEMA_VERSION = 1

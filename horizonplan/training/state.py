@@ -16,6 +16,7 @@ from torch import Tensor
 
 from horizonplan.algorithms import Algorithm
 from horizonplan.plan import Plan
+from horizonplan.probes.budget import on_host
 from horizonplan.training import checkpoint
 from horizonplan.training.checkpoint import Checkpoint
 from horizonplan.training.log import read
@@ -36,7 +37,8 @@ def save(run: Run) -> Path | None:
     if team.rank == 0 and run.run_dir is not None:
         state = _state(run) | {"streams": streams}
         meta = {"settings": settings(run), "log_bytes": run.log.sync(), "versions": _versions()}
-        path = checkpoint.save(run.run_dir / FOLDER, run.step, dict(_weights(run)), state, meta)
+        with on_host():
+            path = checkpoint.save(run.run_dir / FOLDER, run.step, dict(_weights(run)), state, meta)
         run.log.event("save", step=run.step, path=path.name)
         run.call("on_save", path)
     team.barrier()
@@ -49,9 +51,8 @@ def find(where: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: it is a checkpoint's own folder and damaged.
     """
-    if where.parent.name == FOLDER:
-        return checkpoint.load(where)
-    return checkpoint.latest(where / FOLDER)
+    with on_host():
+        return checkpoint.load(where) if where.parent.name == FOLDER else checkpoint.latest(where / FOLDER)
 
 
 def restore(run: Run, found: Checkpoint) -> None:

@@ -27,6 +27,7 @@ from horizonplan.progress import Progress
 from horizonplan.projection import Projection
 from horizonplan.training import state
 from horizonplan.training.checkpoint import Checkpoint
+from horizonplan.training.contents import write_tensors
 from horizonplan.training.data import Stream
 from horizonplan.training.deterministic import deterministic
 from horizonplan.training.evaluate import Metric
@@ -398,10 +399,8 @@ def _compiled(chain: Chain, compile: bool | str) -> Iterator[None]:
 
 def _save_weights(run: Run) -> None:
     """The final weights, those that are tied once."""
-    from safetensors.torch import save
-
     assert run.run_dir is not None
     own = {name: p for name, p in run.model.state_dict(keep_vars=True).items() if isinstance(p, torch.Tensor)}
     first = {id(p): name for name, p in reversed(own.items())}
-    tensors = {name: own[name].detach().cpu().contiguous().clone() for name in sorted(first.values())}
-    write(run.run_dir / "model.safetensors", save(tensors))
+    tensors = {name: own[name] for name in first.values()}
+    write(run.run_dir / "model.safetensors", lambda file: write_tensors(file, tensors))
