@@ -1,4 +1,4 @@
-"""The README's and the tutorial's Python and `$ horizonplan` lines run as they stand, in order, in one folder."""
+"""The README's, the tutorial's and the guides' Python and `$ horizonplan` lines run as they stand, in order, in one folder."""
 
 import os
 import re
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+GUIDES = ("tutorial", "training", "integrations")
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w-]*) *$")
 COMMAND = re.compile(r"^ *\$ (?P<command>horizonplan\b.*)$")
 

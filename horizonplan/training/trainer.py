@@ -79,7 +79,7 @@ class Result:
 class Trainer:
     """Trains a model in place: ``Trainer(model, data, plan=plan).train()``.
 
-    What is trained with:
+    Args:
         model: the model the plan was made for, or any chain for an algorithm.
         data: a DataLoader, a list of batches, or a Dataset (32 samples a batch, shuffled anew each epoch).
         plan: what to train with; excludes ``algorithm``.
@@ -87,12 +87,12 @@ class Trainer:
             (``{0: Horizon(2, 2), 5: BackPropagation()}``). With neither, back-propagation.
         warmup: epochs of smaller horizons, growing to that of the plan or algorithm.
         epochs: passes over the data.
-        loss, compute_loss, projection: as for :func:`horizonplan.plan_horizon`; so is ``blocks``, but a plan brings
-            its own.
+        loss: as for :func:`horizonplan.plan_horizon`.
+        compute_loss: likewise.
+        blocks: likewise; a plan brings its own.
+        projection: likewise.
         device: where to train; ``None``: where the model is; ``"emulated:40MiB"``: on the CPU, which runs out of
             memory as a card of that size would.
-
-    The update:
         optimizer: ``callable(params) -> Optimizer``, an Optimizer over this model's parameters, or ``None``
             for ``AdamW(lr=1e-3)``.
         scheduler: ``callable(optimizer) -> scheduler``, or one made from ``optimizer``: any of
@@ -104,8 +104,6 @@ class Trainer:
         fused: update each parameter as soon as its gradient is complete, and free the gradient: the same weights
             bit for bit, in less memory. A step that turns out not to be finite has then changed weights already.
         compile: compile each block: ``True``, or the name of a backend of ``torch.compile``.
-
-    Watching:
         val_data: as ``data``, evaluated in eval mode after each epoch.
         metrics: for the validation, see :func:`horizonplan.training.evaluate`.
         callbacks: objects with methods of :class:`horizonplan.Callback`, such as
@@ -116,8 +114,6 @@ class Trainer:
             back-propagation each; 0: none. One below the plan's is logged and warned of.
         progress: ``None``: shown on a terminal; ``True``: always; ``False``: never; or
             ``callable(message, done, total)``, called after each epoch.
-
-    Safety:
         run_dir: a folder for ``log.jsonl``, ``plan.json``, ``checkpoints/`` and the final weights
             ``model.safetensors``.
         save_every: steps between checkpoints; ``None``: one after each epoch. The last two are kept.
