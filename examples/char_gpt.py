@@ -29,12 +29,15 @@ def chunks(text: str, vocabulary: str) -> TensorDataset:
     """Pieces of CONTEXT characters and, as targets, the characters that follow each."""
     codes = torch.tensor([vocabulary.index(character) for character in text])
     count = (len(codes) - 1) // CONTEXT
-    pieces = (codes[start : start + count * CONTEXT].view(count, CONTEXT) for start in (0, 1))
+    pieces = (codes[first : first + count * CONTEXT].view(count, CONTEXT) for first in (0, 1))
     return TensorDataset(*pieces)
 
 
 def unigram_loss(train: Tensor, validation: Tensor, kinds: int) -> float:
-    """Nats a character of a model that knows nothing but how frequent each character is in the training text."""
+    """Nats a character of a model that knows nothing but how frequent each character is in the training text.
+
+    Each kind is counted once more, so that one which the training text lacks has a finite loss.
+    """
     frequencies = (torch.bincount(train.flatten(), minlength=kinds) + 1.0) / (train.numel() + kinds)
     return float(-frequencies.log()[validation.flatten()].mean())
 
