@@ -79,14 +79,10 @@ def verdict(runs: dict[str, Run]) -> str:
     lines, plan = [], runs["plan"].result
     for rival in (runs["exact"], runs["checkpointed"]):
         memory, seconds = plan.peak_bytes / rival.result.peak_bytes, plan.step_seconds / rival.result.step_seconds
-        lines.append(
-            f"The plan has {memory:.2f} times the memory of {rival.name}, {seconds:.2f} times its time per step."
-        )
+        lines.append(f"The plan takes {memory:.2f} x the memory and {seconds:.2f} x the time per step of {rival.name}.")
     losses = [[step["loss"] for step in runs[short].result.history] for short in ("exact", "checkpointed")]
     same = sum(a == b for a, b in zip(*losses, strict=True))
-    lines.append(
-        f"Checkpointing changed nothing in the losses of {same} of {len(losses[0])} steps of back-propagation."
-    )
+    lines.append(f"At {same} of {len(losses[0])} steps recomputing left the loss as it was, bit for bit.")
     return "\n".join(lines)
 
 
