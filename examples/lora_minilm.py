@@ -28,8 +28,7 @@ from typer import Option
 import horizonplan as hp
 from horizonplan.units import format_bytes
 
-TOKENS, RANK, LEARNING_RATE = 48, 8, 3e-3
-LAYERS = 6
+LAYERS, TOKENS, RANK, LEARNING_RATE = 6, 48, 8, 3e-3
 
 Task = Literal["testament", "book"]
 
