@@ -212,7 +212,7 @@ def test_an_interrupted_training_leaves_a_readable_log_and_no_weights_file(tmp_p
         train(model, poisoned, run_dir=tmp_path)
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
-    assert not (tmp_path / "model.pt").exists()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_bad_arguments_of_a_training_make_no_folder(tmp_path):

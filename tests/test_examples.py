@@ -132,7 +132,7 @@ def quick(script, out):
     for run in ("plan", "exact", "checkpointed"):
         events = [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
         losses[run] = [event["loss"] for event in events if event["event"] == "step"]
-        assert (out / run / "model.pt").is_file()
+        assert (out / run / "model.safetensors").is_file()
     return done.stdout, losses
 
 
