@@ -3,6 +3,7 @@
 The oracle is the uninterrupted run: its weights, optimiser, history and random numbers.
 """
 
+import errno
 import json
 import os
 import random
@@ -270,6 +271,34 @@ def test_a_lost_log_is_an_error(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}\n")
     with pytest.raises(CheckpointError, match="bring the whole log back"):
         run(DATA["batches"], tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_leaves_the_last_checkpoint(what, tmp_path, monkeypatch):
+    whole, _, result = run(DATA["loader"], tmp_path / "whole")
+    write = os.write
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Fill:
+        def on_step_end(self, run, step):
+            if step["step"] == 8 and what == "checkpoint":
+                monkeypatch.setattr(os, "write", fail)
+            elif step["step"] == 8:
+                run.log.file.close()
+                run.log.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+
+    intact = {
+        "checkpoint": "no space left on device.*The last intact checkpoint is .*step-000000008.*resume=True",
+        "log": "no space left on device; the checkpoints beside it are intact: make room, .* resume=True",
+    }
+    with pytest.raises(CheckpointError, match=intact[what]):
+        run(DATA["loader"], tmp_path / "b", [Fill()])
+    monkeypatch.setattr(os, "write", write)
+    model, _, again = run(DATA["loader"], tmp_path / "b", resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+    assert again.history == result.history
 
 
 class Terminate:
