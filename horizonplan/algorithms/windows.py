@@ -73,6 +73,9 @@ class Fixed(Windows):
 
     windows: Schedule
 
+    def __str__(self) -> str:
+        return str(self.windows)
+
     def schedule(self, depth: int) -> Schedule:
         """The schedule itself.
 

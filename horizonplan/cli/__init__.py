@@ -1,6 +1,7 @@
 """The command line: ``horizonplan plan | train | fits | doctor``, one file a command."""
 
 import gc
+import warnings
 
 import typer
 
@@ -23,5 +24,6 @@ app.command()(in_one_line(fits.fits, code=2))  # 1 is its answer that the step d
 
 def main() -> None:
     """Run the command line of this process."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     gc.freeze()  # the probes collect garbage often: what is imported by now is none
     app(prog_name="horizonplan")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -37,15 +39,22 @@ def check(trainer: Trainer) -> None:
     Raises:
         ValueError: one does not.
     """
-    _methods(trainer)
     _numbers(trainer)
+    _methods(trainer)
     _choices(trainer)
     resolve_loss(trainer.loss, trainer.compute_loss)
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(
+                f"model: {name!r} has sparse gradients, which the trainer does not take; set sparse=False."
+            )
     card = parse_device(trainer.device)
     if card is not None and card.kind == "simulated":
         raise ValueError(
             f"device={trainer.device!r}: nothing runs on a simulated device; give an emulated or a real one."
         )
+    if not isinstance(trainer.callbacks, Sequence):
+        raise ValueError(f"callbacks={trainer.callbacks!r}: give a list of them.")
     for callback in trainer.callbacks:
         check_callback(callback)
     if trainer.metrics is not None:
@@ -99,6 +108,19 @@ def check_scheduler(scheduler: Any, optimizer: Optimizer, every: str) -> None:
         raise ValueError("scheduler: it was made for another optimizer; give callable(optimizer) -> scheduler.")
     if every == "step" and isinstance(scheduler, ReduceLROnPlateau | DecayOnGrowth):
         raise ValueError(f"scheduler_every='step': {type(scheduler).__name__} compares epochs; set it to 'epoch'.")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
+        raise ValueError("scheduler: ReduceLROnPlateau gets the validation loss, which is to fall; give it mode='min'.")
+
+
+def check_steps(optimizer: Optimizer) -> None:
+    """See that an optimiser's step needs nothing but gradients.
+
+    Raises:
+        ValueError: it needs a closure, as LBFGS does.
+    """
+    needed = [p for p in inspect.signature(type(optimizer).step).parameters.values() if p.default is p.empty]
+    if [p.name for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD] != ["self"]:
+        raise ValueError(f"optimizer: {type(optimizer).__name__}.step needs a closure; give one that steps without.")
 
 
 def _methods(trainer: Trainer) -> None:
@@ -109,6 +131,8 @@ def _methods(trainer: Trainer) -> None:
         raise ValueError(f"plan is a {type(plan).__name__}: give a Plan, e.g. Plan.load(path).")
     if plan is not None and trainer.blocks is not None:
         raise ValueError(f"blocks={trainer.blocks!r}: a plan brings its own blocks; leave it out.")
+    if trainer.warmup >= trainer.epochs:
+        raise ValueError(f"warmup={trainer.warmup}: it is to end before the {trainer.epochs} epochs do; give fewer.")
     if isinstance(algorithm, Mapping):
         if trainer.warmup:
             raise ValueError(f"warmup={trainer.warmup}: the mapping of algorithms has its own; leave one out.")

@@ -44,6 +44,8 @@ class Run:
         thrift: how often the method has been made thriftier because memory ran out.
         faults: steps so far that were not finite.
         stop_reason: why to stop, once that is clear.
+        metrics: the names of what validation measures; none without validation data.
+        resumed: whether the run goes on from a checkpoint.
     """
 
     stepper: Stepper
@@ -64,6 +66,8 @@ class Run:
     thrift: int = 0
     faults: int = 0
     stop_reason: str | None = None
+    metrics: tuple[str, ...] = ()
+    resumed: bool = False
 
     @property
     def chain(self) -> Chain:
