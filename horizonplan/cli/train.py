@@ -93,6 +93,7 @@ def train(
     callbacks: list[Any] = [TensorBoard()] if tensorboard else []
     if patience is not None:
         callbacks.append(EarlyStopping(patience, "loss" if validation is None else "val_loss"))
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
         result = run_training(
             load_model(model, batches, device, seed),
@@ -125,9 +126,10 @@ def train(
             deterministic=deterministic,
         )
     except Terminated as end:
-        typer.echo(str(end), err=True)
+        if first:
+            typer.echo(str(end), err=True)
         raise
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         _print(result, json, horizon, stride)
 
 

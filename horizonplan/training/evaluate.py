@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, target_of
 from horizonplan.chain.calls import training_mode
 from horizonplan.probes.budget import each
+from horizonplan.training.random_state import Isolated
 from horizonplan.training.team import Team
 
 
@@ -28,11 +28,12 @@ class Accumulating(Protocol):
         """Forget all batches."""
 
 
+_END = object()  # of the batches
 Metric = Callable[[Any, Any], Any] | Accumulating
 
 
-def check_metrics(metrics: object) -> None:
-    """See that they are a mapping of names to metrics.
+def check_metrics(metrics: object, world: int = 1) -> None:
+    """See that they are a mapping of names to metrics that so many processes can compute together.
 
     Raises:
         ValueError: they are not.
@@ -44,6 +45,11 @@ def check_metrics(metrics: object) -> None:
             raise ValueError(
                 f"metrics[{name!r}]={metric!r}: give a function (output, target) -> number, or an object with update, "
                 "compute and reset."
+            )
+        if world > 1 and _accumulates(metric) and not callable(getattr(metric, "sync", None)):
+            raise ValueError(
+                f"metrics[{name!r}]={metric!r}: each of {world} processes shows it other batches, and it has no method "
+                "sync to bring them together, as those of torchmetrics have; give such an object, or a function."
             )
 
 
@@ -60,11 +66,13 @@ def evaluate(
 
     Args:
         model: the model.
-        data: batches; of a team, each process takes its share.
+        data: batches; of a team, each process takes every so many of them (all, of a loader whose sampler has
+            ``num_replicas``). What the loader draws from global generators is the same on all.
         compute_loss: ``(model, batch) -> loss``.
         device: where to move batches to.
         metrics: name -> ``(output, target) -> number``, or an object with ``update(output, target)``, ``compute()``
-            and ``reset()``, such as those of torchmetrics. The output is the logits where the model's output has any.
+            and ``reset()``, such as those of torchmetrics; in a team with ``sync()``, too, and its ``compute()`` gives
+            the value over all processes. The output is the logits where the model's output has any.
         team: processes that evaluate together.
 
     Returns:
@@ -77,13 +85,14 @@ def evaluate(
             model, so that there is no output.
     """
     metrics, team = metrics or {}, team or Team()
+    check_metrics(metrics, team.world)
     totals = dict.fromkeys(["loss", *(name for name, metric in metrics.items() if not _accumulates(metric))], 0.0)
     samples, hits, counted = 0, 0, 0
     for metric in metrics.values():
         if _accumulates(metric):
             metric.reset()  # type: ignore[union-attr]
     with training_mode(model, False):
-        for batch in islice(each(data), team.rank, None, team.world):
+        for batch in _share(data, team):
             batch = move(batch, device)
             loss, output = _forward(model, batch, compute_loss)
             target = target_of(batch)
@@ -101,6 +110,24 @@ def evaluate(
     accuracy = {"accuracy": hits / counted} if counted else {}
     late = {name: float(m.compute()) for name, m in metrics.items() if _accumulates(m)}  # type: ignore[union-attr]
     return {"loss": found.pop("loss")} | accuracy | found | late
+
+
+def _share(data: Iterable[Any], team: Team) -> Iterator[Any]:
+    """This process's batches. All processes make all of them, with the same random numbers."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    parts = data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)
+    if team.world == 1 or any(hasattr(part, "num_replicas") for part in parts):
+        yield from each(data)
+        return
+    batches, isolated, number = each(data), Isolated(0), 0
+    while True:
+        with isolated.drawing():
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        if number % team.world == team.rank:
+            yield batch
+        number += 1
 
 
 def _forward(model: nn.Module, batch: Any, compute_loss: ComputeLoss) -> tuple[float, Any]:

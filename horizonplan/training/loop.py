@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from horizonplan.training.progress import Reporter
 from horizonplan.training.run import Run
 from horizonplan.training.schedules import DecayOnGrowth
 from horizonplan.training.signals import Asked, Terminated
+from horizonplan.training.step import samples
 from horizonplan.training.thrift import reduced
 from horizonplan.training.undo import Undo
 
@@ -72,7 +73,7 @@ class Loop:
         """Run to the end."""
         run = self.run
         run.call("on_train_begin")
-        while run.epoch < self.epochs and run.stop_reason is None:
+        while run.epoch < self.epochs and not self._to_stop():
             self._steps()
             self._end_epoch()
         run.stepper.clear()
@@ -83,26 +84,59 @@ class Loop:
         started = time.perf_counter()
         method = run.algorithm
         run.log.event("epoch_begin", epoch=run.epoch, algorithm=str(method), horizon=run.horizon)
-        batches = run.stream.batches(run.epoch) if run.stream.epoch == run.epoch else iter(())  # saved at its very end
-        while run.stop_reason is None and (turns := list(islice(batches, run.stepper.accumulate))):
+        for turns, shares in self._rounds():
             taken += 1
-            self._step(turns)
+            self._step(turns, shares)
             self.report.step(run)
-            if self._to_end():
-                state.save(run)
-                run.log.event("terminated", step=run.step)
-                raise Terminated(f"SIGTERM: {run.step} steps are made and saved; go on with resume=True.")
             if self.save_every is not None and run.step % self.save_every == 0:
                 state.save(run)
         self.spent += time.perf_counter() - started
         if not taken and not any(entry["epoch"] == run.epoch for entry in run.history[-1:]):
             raise ValueError("data has no batches: give at least one.")
 
-    def _step(self, turns: list[Turn]) -> None:
+    def _rounds(self) -> Iterator[tuple[list[Turn], list[float]]]:
+        """This process's batches of each step and their shares, until the epoch's end or until some process stops.
+
+        Before a step the processes tell each other what they have for it and whether one is to stop or to end.
+
+        Raises:
+            Terminated: SIGTERM has come to one of them, and the run is saved.
+            ValueError: some have a batch left and some have none.
+        """
+        run, team = self.run, self.run.stepper.team
+        batches = run.stream.batches(run.epoch) if run.stream.epoch == run.epoch else iter(())  # saved at its very end
+        while True:
+            here = run.stream.state_dict() if team.world > 1 else None  # another one may end, which has to be saved
+            stops, ends = run.stop_reason is not None, self.asked.to_end
+            turns = [] if stops or ends else list(islice(batches, run.stepper.accumulate))
+            sizes, counts = samples(turns), [int(turn.counts) for turn in turns]
+            said = team.each(stops, ends, len(turns), math.nan if sizes is None else sum(sizes), sum(counts))
+            any_stops, any_ends, _, told, counted = (sum(column) for column in zip(*said, strict=True))
+            if any_ends:
+                state.save(run, here)
+                run.log.event("terminated", step=run.step)
+                raise Terminated(f"SIGTERM: {run.step} steps are made and saved; go on with resume=True.")
+            if any_stops and self._to_stop():
+                return
+            if len({row[2] for row in said}) > 1:
+                left = ", ".join(f"{row[2]:.0f}" for row in said)
+                raise ValueError(f"data: for step {run.step} the processes have {left} batches; give all the same.")
+            if not turns:
+                return
+            own, total = (counts, counted) if sizes is None or math.isnan(told) else (sizes, told)
+            yield turns, [size / total for size in own]
+
+    def _to_stop(self) -> bool:
+        """Whether a callback on some process has asked to stop; all take over its reason."""
+        run = self.run
+        run.stop_reason = next((why for why in run.stepper.team.gather(run.stop_reason) if why is not None), None)
+        return run.stop_reason is not None
+
+    def _step(self, turns: list[Turn], shares: list[float]) -> None:
         run = self.run
         run.watch.cosine(run.step, run.algorithm, turns[0].batch, autocast(run.stepper.precision, run.stepper.place))
         self.undo.note()
-        loss, wrong = self._made(turns)
+        loss, wrong = self._made(turns, shares)
         if wrong is not None:
             self._fault(wrong)
         entry = {"epoch": run.epoch, "step": run.step, "loss": loss}
@@ -113,7 +147,7 @@ class Loop:
         run.step += 1
         run.call("on_step_end", entry)
 
-    def _made(self, turns: list[Turn]) -> tuple[float, str | None]:
+    def _made(self, turns: list[Turn], shares: list[float]) -> tuple[float, str | None]:
         """Make the step, in thriftier ways if memory runs out."""
         run = self.run
         cuda = run.stepper.place.type == "cuda"
@@ -122,19 +156,19 @@ class Loop:
             if cuda:
                 torch.cuda.synchronize(run.stepper.place)
             start = time.perf_counter()
-            found, message = attempt(lambda: self._watched(method, turns), run.stepper.place)  # noqa: B023
+            found, message = attempt(lambda: self._watched(method, turns, shares), run.stepper.place)  # noqa: B023
             if found is not None:
                 run.seconds.append(time.perf_counter() - start)
                 return found
             self._thriftier(method, str(message))
 
-    def _watched(self, method: Algorithm, turns: list[Turn]) -> tuple[float, str | None]:
+    def _watched(self, method: Algorithm, turns: list[Turn], shares: list[float]) -> tuple[float, str | None]:
         run = self.run
         updated = False
 
         def make() -> tuple[float, str | None]:
             nonlocal updated
-            loss = run.stepper.gradient(method, turns)
+            loss = run.stepper.gradient(method, turns, shares)
             updated = True
             return loss.item(), run.stepper.update(method, loss)
 
@@ -180,23 +214,21 @@ class Loop:
             )
         if self.nonfinite == "rollback":
             assert run.run_dir is not None
-            found = state.find(run.run_dir)
+            found = state.find(run.run_dir, run.stepper.team)
             if found is None:
                 raise FloatingPointError(f"{where}: there is no checkpoint yet to roll back to; set save_every lower.")
             state.restore_weights(run, found)
             run.log.event("rollback", step=run.step, to=found.step)
-        warnings.warn(f"{where}; {self.nonfinite}.", TrainingWarning, 2)
-
-    def _to_end(self) -> bool:
-        team = self.run.stepper.team
-        return team.sum(self.asked.to_end)[0] > 0 if team.world > 1 else self.asked.to_end
+        if run.rank == 0:
+            warnings.warn(f"{where}; {self.nonfinite}.", TrainingWarning, 2)
 
     def _end_epoch(self) -> None:
         run = self.run
         own = [entry["loss"] for entry in run.history if entry["epoch"] == run.epoch]
         epoch: dict[str, Any] = {"epoch": run.epoch, "step": run.step, "loss": mean(own), "lr": run.learning_rate}
+        stepper = run.stepper
+        stepper.team.alike([*run.model.buffers(), *run.extra.buffers()])
         if self.val_data is not None:
-            stepper = run.stepper
             with autocast(stepper.precision, stepper.place):
                 metrics = evaluate(run.model, self.val_data, self.compute, stepper.place, self.metrics, stepper.team)
             run.validations.append({"epoch": run.epoch, **metrics})
@@ -208,11 +240,9 @@ class Loop:
         self.report.epoch(run, epoch)
         run.call("on_epoch_end", epoch)
         run.epoch += 1
-        if run.run_dir is not None and (self.save_every is None or self._last()):
+        stops = self._to_stop()
+        if run.run_dir is not None and (self.save_every is None or stops or run.epoch >= self.epochs):
             state.save(run)
-
-    def _last(self) -> bool:
-        return self.run.epoch >= self.epochs or self.run.stop_reason is not None
 
 
 def mean(losses: list[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,41 +19,73 @@ from horizonplan.algorithms import Algorithm
 from horizonplan.plan import Plan
 from horizonplan.probes.budget import on_host
 from horizonplan.training import checkpoint
-from horizonplan.training.checkpoint import Checkpoint
+from horizonplan.training.checkpoint import Checkpoint, CheckpointError
 from horizonplan.training.log import read
 from horizonplan.training.run import Run
+from horizonplan.training.team import Team
 
 FOLDER = "checkpoints"
 
 
-def save(run: Run) -> Path | None:
-    """Write a checkpoint of a run into its folder; returns where (on rank 0).
+def save(run: Run, stream: dict[str, Any] | None = None) -> Path | None:
+    """Write a checkpoint of a run into its folder; returns where.
+
+    Rank 0 writes. Random numbers and the place in the data are those of every process; buffers are rank 0's, which
+    all have from then on.
+
+    Args:
+        run: the run, which is at the same step on all processes.
+        stream: where this process is in the data; ``None``: where it is now.
 
     Raises:
-        CheckpointError: it cannot be written; the last one is intact.
+        CheckpointError: (on all processes) it cannot be written; the last one is intact.
     """
     team = run.stepper.team
-    streams = team.gather(run.stream.state_dict())
-    path = None
-    if team.rank == 0 and run.run_dir is not None:
-        state = _state(run) | {"streams": streams}
-        meta = {"settings": settings(run), "log_bytes": run.log.sync(), "versions": _versions()}
-        with on_host():
-            path = checkpoint.save(run.run_dir / FOLDER, run.step, dict(_weights(run)), state, meta)
-        run.log.event("save", step=run.step, path=path.name)
-        run.call("on_save", path)
-    team.barrier()
+    team.alike([*run.model.buffers(), *run.extra.buffers()])
+    streams = _gathered(team, run.stream.state_dict() if stream is None else stream)
+    return None if run.run_dir is None else team.at_first(lambda: _write(run, streams), CheckpointError)
+
+
+def _gathered(team: Team, stream: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process gives; as files, because pickle cannot carry tensors of uint32, which NumPy's states have."""
+    if team.world == 1:
+        return [stream]
+    with on_host():
+        own = io.BytesIO()
+        torch.save(stream, own)
+        return [torch.load(io.BytesIO(data), weights_only=True) for data in team.gather(own.getvalue())]
+
+
+def _write(run: Run, streams: list[dict[str, Any]]) -> Path:
+    assert run.run_dir is not None
+    state = _state(run) | {"streams": streams}
+    meta = {"settings": settings(run), "log_bytes": run.log.sync(), "versions": _versions()}
+    with on_host():
+        path = checkpoint.save(run.run_dir / FOLDER, run.step, dict(_weights(run)), state, meta)
+    run.log.event("save", step=run.step, path=path.name)
+    run.call("on_save", path)
     return path
 
 
-def find(where: Path) -> Checkpoint | None:
+def find(where: Path, team: Team | None = None) -> Checkpoint | None:
     """The newest valid checkpoint of a run's folder, or the one whose own folder it is.
+
+    In a team it is the one that rank 0 finds, read by every process; all have to see the same files.
 
     Raises:
         CheckpointError: it is a checkpoint's own folder and damaged.
     """
+    found: list[Checkpoint | None] = []
+
+    def first() -> Path | None:
+        found.append(checkpoint.load(where) if where.parent.name == FOLDER else checkpoint.latest(where / FOLDER))
+        return None if found[0] is None else found[0].path
+
     with on_host():
-        return checkpoint.load(where) if where.parent.name == FOLDER else checkpoint.latest(where / FOLDER)
+        path = (team or Team()).at_first(first, CheckpointError)
+        if path is None:
+            return None
+        return found[0] if found else checkpoint.load(path)
 
 
 def restore(run: Run, found: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from horizonplan.training.checkpoint import Checkpoint
 from horizonplan.training.contents import write_tensors
 from horizonplan.training.data import Stream
 from horizonplan.training.deterministic import deterministic
-from horizonplan.training.evaluate import Metric
+from horizonplan.training.evaluate import Metric, check_metrics
 from horizonplan.training.files import write
 from horizonplan.training.log import Log
 from horizonplan.training.loop import Loop, mean
@@ -41,7 +41,7 @@ from horizonplan.training.refusals import check, check_method, check_scheduler
 from horizonplan.training.run import Run
 from horizonplan.training.signals import Asked, terminable
 from horizonplan.training.step import Stepper
-from horizonplan.training.team import Team, team
+from horizonplan.training.team import Team, own_device, team
 from horizonplan.training.undo import Undo
 from horizonplan.training.warmup import warm_up
 from horizonplan.training.watch import FIRST_STEPS, Watch, scheduled
@@ -180,7 +180,7 @@ class Trainer:
             Terminated: (a SystemExit with code 143) SIGTERM came; the run is saved in ``run_dir``.
         """
         card = parse_device(self.device)
-        place = _place(self.model, "cpu" if card is not None else self.device)
+        place = _place(self.model, "cpu" if card is not None else own_device(self.device, self.model))
         with ExitStack() as stack:
             budget = None if card is None else Budget(card.memory_bytes)
             group = stack.enter_context(team(place))
@@ -198,12 +198,15 @@ class Trainer:
         val_data = None if self.val_data is None else as_loader(self.val_data, batch_size=batch_size(first) or 32)
         if budget is not None:
             budget.hold(list(self.model.parameters()), list(self.model.buffers()), batch=first)
-        found = self._checkpoint()
+        found = self._checkpoint(group)
+        if self.metrics is not None:
+            check_metrics(self.metrics, group.world)
         run = self._run(loader, first, place, group)
         stack.callback(lambda: run.log.close())
         self._begin(run, found, group)
         stack.enter_context(_compiled(run.chain, self.compile))
-        stack.enter_context(group.hooked([p for g in run.optimizer.param_groups for p in g["params"]]))
+        names = [*self.model.named_parameters(), *run.extra.named_parameters()]
+        stack.enter_context(group.hooked(run.optimizer, names))
         report = Reporter(self.progress, self.epochs, active=group.rank == 0)
         loop = Loop(
             run,
@@ -228,13 +231,14 @@ class Trainer:
             report.close(done)
         if run.run_dir is not None and group.rank == 0:
             _save_weights(run)
+        group.barrier()
         return _result(run, loop)
 
-    def _checkpoint(self) -> Checkpoint | None:
+    def _checkpoint(self, group: Team) -> Checkpoint | None:
         """What to go on from."""
         own = None if self.run_dir is None else Path(self.run_dir)
         if not self.resume:
-            if own is not None and (there := state.find(own)) is not None:
+            if own is not None and (there := state.find(own, group)) is not None:
                 raise ValueError(
                     f"run_dir={str(own)!r}: there is a run of {there.step} steps in it; go on with it by resume=True, "
                     "or give another folder."
@@ -242,7 +246,7 @@ class Trainer:
             return None
         where = own if self.resume is True else Path(self.resume)
         assert where is not None
-        found = state.find(where)
+        found = state.find(where, group)
         if found is None and self.resume is not True:
             raise ValueError(f"resume={str(self.resume)!r}: there is no valid checkpoint in that folder.")
         return found
@@ -256,6 +260,7 @@ class Trainer:
         if self.cosine_every:
             for method in methods.values():
                 scheduled(method, chain.depth)
+        cosine_every = self.cosine_every if group.rank == 0 else 0  # its log has one
         group.waits = self.fused
         group.alike([*self.model.parameters(), *self.model.buffers(), *extra.parameters(), *extra.buffers()])
         folder = None if self.run_dir is None else Path(self.run_dir)
@@ -278,7 +283,7 @@ class Trainer:
             extra,
             self._scheduler(optimizer),
             Stream(loader, rng_devices(self.model), group.rank, group.world, self.seed),
-            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, self.cosine_every),
+            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, cosine_every),
             Log(),
             list(self.callbacks),
             folder,
