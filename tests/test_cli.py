@@ -224,7 +224,7 @@ def test_a_run_is_resumed_and_not_overwritten(tmp_path):
     words = ["--run-dir", tmp_path / "run", "--json", "--scheduler", "decay-on-growth"]
     whole = json.loads(trained("--epochs", 3, "--scheduler", "decay-on-growth", "--json").stdout)
     trained("--epochs", 2, *words)
-    assert "there is a run of 4 steps in it" in fails_in_one_line(
+    assert "there is a run in it already" in fails_in_one_line(
         "train", mine("model"), "--data", mine("both"), "--epochs", 3, *words
     )
     again = json.loads(trained("--epochs", 3, "--resume", *words).stdout)
@@ -406,8 +406,8 @@ OPTIONS = {
     "--strides --rollout-steps --batches --batch-size --blocks --optimizer --lr --device --seed --out --plot --json",
     "train": "MODEL --data --plan --horizon --stride --recompute --epochs --optimizer --lr --run-dir --device --seed "
     "--batch-size --blocks --json --debug --warmup --save-every --resume --scheduler --precision --accumulate "
-    "--loss --scheduler-every --oom-retries --max-grad-norm --fused --compile --patience --nonfinite --watch-every --cosine-every --tensorboard "
-    "--deterministic",
+    "--loss --scheduler-every --oom-retries --max-grad-norm --fused --compile --patience --nonfinite --watch-every "
+    "--cosine-every --tensorboard --deterministic",
     "doctor": "--json --debug",
 }
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, target_of
-from horizonplan.chain.calls import training_mode
+from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, take, target_of
+from horizonplan.chain.calls import quiet, training_mode
 from horizonplan.probes.budget import each
 from horizonplan.training.random_state import Isolated
 from horizonplan.training.team import Team
@@ -38,6 +38,8 @@ def check_metrics(metrics: object, world: int = 1) -> None:
     Raises:
         ValueError: they are not.
     """
+    if isinstance(metrics, Mapping) and (kinds := [m.__name__ for m in metrics.values() if isinstance(m, type)]):
+        raise ValueError(f"metrics: {kinds[0]} is a class; give an object, {kinds[0]}(...).")
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise ValueError(f"metrics={metrics!r}: give a mapping of names to functions (output, target) -> number.")
     for name, metric in metrics.items():
@@ -112,12 +114,25 @@ def evaluate(
     return {"loss": found.pop("loss")} | accuracy | found | late
 
 
+def rehearsed(
+    model: nn.Module,
+    data: Iterable[Any],
+    compute_loss: ComputeLoss,
+    device: torch.device,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[str, ...]:
+    """The names of what :func:`evaluate` will measure, seen by doing it on one batch; nothing is changed by it."""
+    with Isolated(0).drawing(), quiet(model):
+        return tuple(evaluate(model, take(data, 1), compute_loss, device, metrics))
+
+
 def _share(data: Iterable[Any], team: Team) -> Iterator[Any]:
-    """This process's batches. All processes make all of them, with the same random numbers."""
+    """This process's batches. What they draw is the same on all processes, and apart from what training draws."""
     sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
     parts = data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)
-    if team.world == 1 or any(hasattr(part, "num_replicas") for part in parts):
-        yield from each(data)
+    shared = any(hasattr(part, "num_replicas") for part in parts)
+    if isinstance(data, list | tuple):
+        yield from data[team.rank :: team.world]
         return
     batches, isolated, number = each(data), Isolated(0), 0
     while True:
@@ -125,7 +140,7 @@ def _share(data: Iterable[Any], team: Team) -> Iterator[Any]:
             batch = next(batches, _END)
         if batch is _END:
             return
-        if number % team.world == team.rank:
+        if shared or number % team.world == team.rank:
             yield batch
         number += 1
 
@@ -154,7 +169,8 @@ def _measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[s
         try:
             found[name] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"metrics[{name!r}] returned {value!r}: let it return one number.") from error
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"metrics[{name!r}] returned {shape}: let it return one number.") from error
     return found
 
 

@@ -45,9 +45,7 @@ def check(trainer: Trainer) -> None:
     resolve_loss(trainer.loss, trainer.compute_loss)
     for name, module in trainer.model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ValueError(
-                f"model: {name!r} has sparse gradients, which the trainer does not take; set sparse=False."
-            )
+            raise ValueError(f"model: {name!r} has sparse gradients, which are not taken; set sparse=False.")
     card = parse_device(trainer.device)
     if card is not None and card.kind == "simulated":
         raise ValueError(
@@ -83,6 +81,7 @@ def check_method(trainer: Trainer, method: Algorithm, chain: Chain, world: int) 
         "fused": trainer.fused,
         "precision": trainer.precision != "fp32",
         "data_parallel": world > 1,
+        "nonfinite": trainer.nonfinite == "skip",
     }
     for name, wanted in asked.items():
         if wanted and name not in method.honours:

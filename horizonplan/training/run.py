@@ -46,6 +46,8 @@ class Run:
         stop_reason: why to stop, once that is clear.
         metrics: the names of what validation measures; none without validation data.
         resumed: whether the run goes on from a checkpoint.
+        saved: the last checkpoint in the run's folder.
+        settings: what must be the same when the run is resumed.
     """
 
     stepper: Stepper
@@ -68,6 +70,8 @@ class Run:
     stop_reason: str | None = None
     metrics: tuple[str, ...] = ()
     resumed: bool = False
+    saved: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chain(self) -> Chain:

@@ -66,7 +66,7 @@ class Stepper:
         """
         self.clear()
         if not isinstance(algorithm, GradientMethod):
-            return algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer)
+            return _checked(algorithm, algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer))
         own = [(turn, share) for turn, share in zip(turns, shares, strict=True) if turn.counts]
         self.team.silent = not own
         own = own or [(turns[-1], 0.0)]
@@ -74,7 +74,9 @@ class Stepper:
         for number, (turn, share) in enumerate(own):
             self.team.reducing = number == len(own) - 1
             with autocast(self.precision, self.place), self._updating():
-                loss = algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
+                loss = _checked(
+                    algorithm, algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
+                )
             part = share * loss if turn.counts else torch.zeros_like(loss)
             total = part if total is None else total + part
         assert total is not None
@@ -85,8 +87,9 @@ class Stepper:
 
         In fp16 a gradient that overflows is no fault while the scale is above 1: the scale is lowered.
         """
-        if self.fuse or not isinstance(algorithm, GradientMethod):  # the update is made
-            wrong = not_finite(loss, loss.new_zeros(()))
+        if self.fuse or not isinstance(algorithm, GradientMethod):  # the update is made: the weights tell
+            weights = [p.detach() for p in _parameters(self.optimizer) if p.is_floating_point()]
+            wrong = not_finite(loss, torch.nn.utils.get_total_norm(weights))
             self.updated = wrong is None
             return wrong
         if self.scaler is not None:
@@ -123,6 +126,15 @@ def samples(turns: Sequence[Turn]) -> list[int] | None:
     if len(known) < len(sizes):
         return None
     return [size if turn.counts else 0 for turn, size in zip(turns, known, strict=True)]
+
+
+def _checked(algorithm: Algorithm, loss: object) -> Tensor:
+    """What a method returned, if it is a loss."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"algorithm: {algorithm} returned {type(loss).__name__}; return the terminal loss, a scalar tensor."
+        )
+    return loss.detach().reshape(())
 
 
 def _parameters(optimizer: Optimizer) -> list[Any]:

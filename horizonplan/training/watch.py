@@ -76,7 +76,7 @@ class Watch:
         base = standing_bytes(self.chain, optimizer, batch)
         with LiveBytes() as tracker:
             found = call()
-        if self.steps == FIRST_STEPS:
+        if step == 1:
             self.peak_bytes = 0
         self._peak(base + tracker.peak, step)
         return found
@@ -109,7 +109,7 @@ class Watch:
         self.peak_bytes = max(self.peak_bytes, peak)
         planned = None if self.plan is None else self.plan.row.memory_bytes
         self.tell("memory", step=step, peak_bytes=peak, planned_bytes=planned)
-        if planned is not None and self.steps > 1 and peak > planned * (1 + MEMORY_TOLERANCE):
+        if planned is not None and step > 0 and peak > planned * (1 + MEMORY_TOLERANCE):
             words = f"a step needs {format_bytes(peak)}, the plan has {format_bytes(planned)}"
             self._warn("memory", step, words)
 
