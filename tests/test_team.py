@@ -104,6 +104,16 @@ def test_a_batch_that_is_not_finite_is_one_for_all(seen, tmp_path):
         assert "epoch 0, step 0: loss is nan" in found["equalities"]["raise"]
 
 
+def test_all_processes_lower_the_scale_of_fp16_together(seen):
+    """Process 1 has a batch whose gradient overflows."""
+    folder, (one, other) = seen
+    assert same(one["equalities"]["fp16"], other["equalities"]["fp16"])
+    events = [json.loads(line) for line in (folder / "fp16" / "log.jsonl").read_text().splitlines()]
+    updated = [event["updated"] for event in events if event["event"] == "step"]
+    assert len(updated) == 6
+    assert set(updated) == {True, False}
+
+
 def test_batches_whose_samples_cannot_be_told_weigh_the_same(seen):
     """Also where one process could tell them."""
     alone = jobs.trained(jobs.untold(), compute_loss=jobs.squares, accumulate=2)
