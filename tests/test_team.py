@@ -188,14 +188,14 @@ def test_sigterm_to_one_process_saves_and_the_resumed_run_is_the_uninterrupted_o
         assert words.startswith(f"SIGTERM: {step + 1} steps are made and saved")
         assert same(found["resumes"][step, "resumed"], found["resumes"]["whole"])
     assert same(*(found["resumes"]["whole"] for found in seen[1]))
-    assert "there is a run of 9 steps in it" in seen[1][1]["resumes"]["refused"]
+    assert "there is a run in it already" in seen[1][1]["resumes"]["refused"]
 
 
 REFUSALS = {
     "data": "data: for step 2 the processes have 1, 0 batches",
     "model": "model: process 1 has other weights than process 0",
     "metrics": "it has no method sync to bring them together",
-    "no checkpoint": "there is no valid checkpoint in that folder",
+    "no checkpoint": "there is no checkpoint in that folder",
     "sparse": "'words' has a sparse gradient",
     "branches": "gradient 0 of this step is that of 'head.bias' on process 0, 'rare.bias' on process 1",
     "fused branches": "gradient 0 of this step is that of 'head.bias' on process 0, 'rare.bias' on process 1",

@@ -141,8 +141,8 @@ class Trainer:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        check(self)
         refuse_wrappers(self.model)
+        check(self)
 
     def train(self) -> Result:
         """Train to the last epoch.
