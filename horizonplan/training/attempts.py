@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +13,10 @@ from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.memory import attempt
 from horizonplan.training import state
 from horizonplan.training.data import Turn
+from horizonplan.training.options import Options
 from horizonplan.training.run import Run
 from horizonplan.training.thrift import reduced
 from horizonplan.training.undo import Undo
-
-if TYPE_CHECKING:
-    from horizonplan.training.trainer import Trainer
 
 
 class TrainingWarning(UserWarning):
@@ -37,7 +34,7 @@ class Attempts:
     """
 
     run: Run
-    options: Trainer
+    options: Options
     undo: Undo
 
     def step(self, turns: list[Turn], shares: list[float]) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -17,15 +17,13 @@ from horizonplan.training import state
 from horizonplan.training.attempts import Attempts
 from horizonplan.training.data import Turn
 from horizonplan.training.evaluate import evaluate
+from horizonplan.training.options import Options
 from horizonplan.training.precision import autocast
 from horizonplan.training.progress import Reporter
 from horizonplan.training.run import Run
 from horizonplan.training.schedules import DecayOnGrowth
 from horizonplan.training.signals import Asked, Terminated
 from horizonplan.training.step import samples
-
-if TYPE_CHECKING:
-    from horizonplan.training.trainer import Trainer
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Loop:
     """
 
     run: Run
-    options: Trainer
+    options: Options
     compute: ComputeLoss
     val_data: Iterable[Any] | None
     attempts: Attempts
