@@ -113,7 +113,9 @@ class Team:
         with on_host(), torch.no_grad():
             for tensor in (t for t in tensors if t.numel()):
                 dense = tensor.detach().contiguous()
-                dist.broadcast(dense.reshape(-1).view(torch.uint8), 0)  # as bytes: any type of number goes
+                dist.broadcast(
+                    dense.as_strided((dense.numel(),), (1,)).view(torch.uint8), 0
+                )  # as bytes: any type of number goes
                 if dense.data_ptr() != tensor.data_ptr() and self.rank and not torch.equal(dense, tensor):
                     tensor.copy_(dense)
 
