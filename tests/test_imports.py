@@ -22,7 +22,7 @@ LINES = [
     "predict frugal probing curves devices",
     "cost rows objective",
     "candidates frontier horizons",
-    "explain choice plot settle decide plan provenance forecast planner verify fits",
+    "explain choice plot settle decide plan provenance forecast planner measured verify fits",
     "training tuner",
     "datasets integrations",
     "api client reproduce cli",

@@ -1,0 +1,163 @@
+"""Errors as problem+json (RFC 9457), and their place in OpenAPI."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from horizonplan.api.database import is_full
+from horizonplan.measured import MeasurementError
+from horizonplan.objective import InfeasibleError
+
+logger = logging.getLogger("horizonplan.api")
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_SECONDS = 1
+ABOUT = {
+    400: "The request is no HTTP that makes sense here, or its body is no JSON.",
+    401: "A key is needed, and none or an unknown one was sent.",
+    403: "The request comes from another site.",
+    404: "There is nothing of that name.",
+    405: "The method does not go with this address.",
+    406: "The answer cannot be had in the form that was asked for.",
+    409: "The state of things forbids it.",
+    413: "The body is larger than the service takes.",
+    415: "The body is not application/json.",
+    422: "The values cannot be used; `errors` names the fields.",
+    429: "Too much was asked for; come again later.",
+    500: "The service has a fault.",
+    503: "The database is busy or away; come again later.",
+    507: "The disk is full.",
+}
+
+
+class FieldError(BaseModel):
+    """What is wrong with one field."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    field: str = Field(description="Such as `memory_bytes[2]` or `objective.epsilon`.")
+    message: str
+
+
+class ProblemBody(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(description="`about:blank`, or the name of a kind of its own.")
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[FieldError] | None = Field(None, description="The fields that cannot be used.")
+    nearest: dict[str, Any] | None = Field(
+        None, description="Of an infeasible objective: the row that misses it least."
+    )
+
+
+class Problem(HTTPException):
+    """An error to be answered as problem+json.
+
+    Args:
+        status: of HTTP.
+        detail: what is wrong, and the remedy.
+        kind: a name of its own, for what a program may want to tell apart.
+        errors: (field, message) of what is wrong with the body.
+        headers: more headers of the answer.
+        more: further members of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        kind: str = "",
+        errors: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(status, detail, dict(headers or {}))
+        self.kind, self.errors, self.more = kind, errors, more
+
+
+def problem_response(request: Request, problem: Problem) -> JSONResponse:
+    """The answer that tells a problem."""
+    body: dict[str, Any] = {
+        "type": f"urn:horizonplan:{problem.kind}" if problem.kind else "about:blank",
+        "title": HTTPStatus(problem.status_code).phrase,
+        "status": problem.status_code,
+        "detail": problem.detail,
+        "instance": request.url.path,
+    }
+    if problem.errors:
+        body["errors"] = [{"field": field, "message": message} for field, message in problem.errors]
+    return JSONResponse(body | problem.more, problem.status_code, problem.headers, MEDIA_TYPE)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What ``responses=`` of a route says about these errors."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {s: {"description": ABOUT[s], "content": {MEDIA_TYPE: {"schema": schema}}} for s in statuses}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let an application answer every error as a problem."""
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(MeasurementError, _measurement)
+    app.add_exception_handler(InfeasibleError, _infeasible)
+    app.add_exception_handler(DBAPIError, _database)
+    app.add_exception_handler(PoolTimeoutError, _database)
+    app.add_exception_handler(Exception, _fault)
+
+
+def field_name(path: Sequence[str | int]) -> str:
+    """A path into a body in the usual notation: ``memory_bytes[2]``."""
+    name = ""
+    for part in path:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.lstrip(".") or "body"
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    problem = (
+        error if isinstance(error, Problem) else Problem(error.status_code, str(error.detail), "", (), error.headers)
+    )
+    return problem_response(request, problem)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors = [(field_name(one["loc"][1:]), one["msg"]) for one in error.errors()]
+    detail = "; ".join(f"{field}: {message}" for field, message in errors[:5])
+    return problem_response(request, Problem(422, detail, "invalid", errors))
+
+
+async def _measurement(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, MeasurementError)
+    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, str(error))]))
+
+
+async def _infeasible(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, InfeasibleError)
+    return problem_response(request, Problem(422, str(error), "infeasible", nearest=error.nearest.to_dict()))
+
+
+async def _database(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, DBAPIError) and is_full(error):
+        return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
+    return problem_response(request, Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}))
+
+
+async def _fault(request: Request, error: Exception) -> JSONResponse:
+    return problem_response(request, Problem(500, "The service has a fault; its log says more."))
