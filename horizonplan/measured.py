@@ -124,7 +124,7 @@ def plan_from_measurements(
     Example:
         >>> plan = plan_from_measurements(12, [1, 4, 8, 12], [300, 600, 1000, 1400], [0.4, 0.9, 0.99, 1.0])
         >>> plan.horizon, plan.row.memory_source, round(plan.row.rate, 2)
-        (6, 'fitted', 0.95)
+        (5, 'fitted', 0.93)
     """
     given = {"memory_bytes": memory_bytes, "cosine": cosine, "rates": rates, "step_seconds": step_seconds}
     _check(depth, horizons, {name: values for name, values in given.items() if values is not None}, block_bytes)
