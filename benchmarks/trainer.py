@@ -30,9 +30,9 @@ import horizonplan as hp
 
 ROUNDS, SKIPPED, EPOCH = 72, 8, 16  # EPOCH: steps of an epoch
 CASES: dict[str, Callable[[], families.Built]] = {
-    "transformer": partial(families.transformer, depth=8, width=64, rows=12),
-    "residual MLP": partial(families.residual_mlp, depth=12, width=384, rows=512),
-    "residual CNN": partial(families.residual_cnn, widths=(8, 16, 32), blocks_per_stage=2, rows=10),
+    "transformer": partial(families.transformer, depth=8, width=64, rows=20),
+    "residual MLP": partial(families.residual_mlp, depth=12, width=384, rows=640),
+    "residual CNN": partial(families.residual_cnn, widths=(8, 16, 32), blocks_per_stage=2, rows=14),
     "MLP, short steps": partial(families.residual_mlp, depth=12, width=32, rows=32),
 }
 

@@ -4,11 +4,12 @@
     OMP_NUM_THREADS=1 python benchmarks/warm_up.py transformer
 
 "Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive Control" finds that small horizons do
-well early in training. Here the final method trains alone for EPOCHS epochs; the lowest training and validation losses
-that it has are the targets. With `warmup` the same model, data and seed train for up to half as long again. Columns:
+well early in training. Here the final method trains alone for EPOCHS epochs; the median losses of its last quarter are
+the targets. With `warmup` the same model, data and seed train for up to half as long again. Columns:
 
-- `train`, `val`: process seconds until an epoch's training or validation loss is at the target, over those of the
-  final method alone; mean and deviation over the seeds that get there, and how many do. In brackets the same in epochs.
+- `train`, `val`: process seconds until an epoch's training or validation loss is at the target for the first time, over
+  those of the final method alone; mean and deviation over the seeds that get there, and how many do. In brackets the
+  same in epochs.
 - `s/epoch`: seconds of an epoch of the warm-up over those of one of the final method.
 - `peak`: bytes of the largest step during the warm-up, over those of the largest step of the run.
 - `at E`: training and validation loss after EPOCHS epochs, and the validation accuracy; means over the seeds.
@@ -96,11 +97,17 @@ def trained(make: Callable[[], nn.Module], method: hp.algorithms.Algorithm, warm
     return epochs
 
 
+def groups_of(make: Callable[[], nn.Module], method: hp.algorithms.Algorithm) -> list[list[Epochs]]:
+    """The runs of all seeds by the share of warm-up. A seed's runs follow each other: the machine changes little."""
+    by_seed = [[trained(make, method, round(share * EPOCHS), seed) for share in SHARES] for seed in SEEDS]
+    return [list(runs) for runs in zip(*by_seed, strict=True)]
+
+
 def reached(name: str, alone: Sequence[Epochs], runs: Sequence[Epochs]) -> str:
-    """Time (and epochs) to the lowest loss of the method alone, over its own."""
+    """Time (and epochs) to the loss that the method alone ends with, over its own."""
     seconds, epochs = [], []
     for before, run in zip(alone, runs, strict=True):
-        target = min(before.losses[name])
+        target = statistics.median(before.losses[name][-EPOCHS // 4 :])
         own, found = before.until(name, target), run.until(name, target)
         assert own is not None
         if found is not None:
@@ -119,11 +126,9 @@ def main(names: list[str]) -> None:
     print(f"{'':13}{'':17}{'warm-up':8}{columns}")
     for name in names or MODELS:
         for label, method in METHODS.items():
-            alone: list[Epochs] = []
-            for share in SHARES:
+            alone, *_ = groups = groups_of(MODELS[name], method)
+            for share, runs in zip(SHARES, groups, strict=True):
                 warmup = round(share * EPOCHS)
-                runs = [trained(MODELS[name], method, warmup, seed) for seed in SEEDS]
-                alone = alone or runs
                 early = [statistics.fmean(run.seconds[: warmup or EPOCHS]) for run in runs]
                 final = [statistics.fmean(run.seconds) for run in alone]
                 ratio = statistics.fmean(a / b for a, b in zip(early, final, strict=True))

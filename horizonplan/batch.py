@@ -33,10 +33,17 @@ def resolve_loss(loss: LossFunction | None = None, compute_loss: ComputeLoss | N
         compute_loss: ``(model, batch) -> scalar``, for anything else; excludes ``loss``.
 
     Raises:
-        ValueError: both are given; or, when called, the batch has no target or the loss is no scalar.
+        ValueError: both are given, or one is no function; or, when called, the batch has no target or the loss is no
+            scalar.
     """
     if loss is not None and compute_loss is not None:
         raise ValueError("loss and compute_loss are both given: give one (compute_loss sees the whole batch).")
+
+    for name, given in {"loss": loss, "compute_loss": compute_loss}.items():
+        if isinstance(given, type):
+            raise ValueError(f"{name}={given.__name__}: this is a class; give an object, {given.__name__}().")
+        if given is not None and not callable(given):
+            raise ValueError(f"{name}={given!r}: give a function that returns a scalar tensor.")
 
     def compute(model: nn.Module, batch: Any) -> Tensor:
         return scalar(compute_loss(model, batch) if compute_loss is not None else _loss_of(model, batch, loss))

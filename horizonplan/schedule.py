@@ -164,6 +164,13 @@ class Schedule:
         ahead = [Window(bounds[i], bounds[i + 1], bounds[i + 2]) for i in range(stages - 2)]
         return cls(depth, (*ahead, Window(bounds[stages - 2], depth, depth)))
 
+    def __str__(self) -> str:
+        again = f", recompute {self.recompute}" if self.recompute else ""
+        if self.pair is None:
+            return f"windows {', '.join(f'{w.first}-{w.end - 1}' for w in self.windows)}{again}"
+        h, s = self.pair
+        return f"h={h}, stride {s}{again}" if h < self.depth else f"back-propagation{again}"
+
     @property
     def longest(self) -> int:
         """Blocks of the longest window."""

@@ -211,7 +211,9 @@ def test_an_interrupted_training_leaves_a_readable_log_and_no_weights_file(tmp_p
     with pytest.raises(FloatingPointError):
         train(model, poisoned, run_dir=tmp_path)
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    events = [json.loads(line) for line in lines]
+    assert [event["step"] for event in events if event["event"] == "step"] == [0, 1]
+    assert events[-1]["event"] == "nonfinite"
     assert not (tmp_path / "model.safetensors").exists()
 
 

@@ -66,7 +66,8 @@ def same(left, right):
 
 
 def bits(tensor):
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+    plain = tensor.detach().contiguous()
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).tolist()
 
 
 @pytest.fixture(autouse=True)

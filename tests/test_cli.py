@@ -38,6 +38,9 @@ def batches():
 def images():
     return [(torch.randn(4, 1, 8, 8), torch.arange(4)) for _ in range(2)]
 
+def loss(output, target):
+    return 2 * nn.functional.cross_entropy(output, target)
+
 def scheduler(optimizer):
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -221,12 +224,20 @@ def test_a_run_is_resumed_and_not_overwritten(tmp_path):
     words = ["--run-dir", tmp_path / "run", "--json", "--scheduler", "decay-on-growth"]
     whole = json.loads(trained("--epochs", 3, "--scheduler", "decay-on-growth", "--json").stdout)
     trained("--epochs", 2, *words)
-    assert "there is a run of 4 steps in it" in fails_in_one_line(
+    assert "there is a run in it already" in fails_in_one_line(
         "train", mine("model"), "--data", mine("both"), "--epochs", 3, *words
     )
     again = json.loads(trained("--epochs", 3, "--resume", *words).stdout)
     assert again["final_loss"] == whole["final_loss"]
     assert again["val_metrics"] == whole["val_metrics"]
+
+
+def test_a_loss_of_the_user_s_own():
+    def losses(*words):
+        return json.loads(trained("--optimizer", "sgd", "--lr", 0, *words, "--json").stdout)["val_metrics"]["loss"]
+
+    assert losses("--loss", mine("loss")) == pytest.approx(2 * losses())
+    assert planned("--loss", mine("loss"), "--json").stdout
 
 
 def test_patience_ends_a_run(tmp_path):
@@ -377,6 +388,7 @@ def test_debug_shows_the_traceback():
         ["train", "a:b", "--data", "digits", "--epochs", "many"],
         ["train", "a:b", "--data", "digits", "--epochs", "0"],
         ["train", "a:b", "--data", "digits", "--resume"],
+        ["train", "a:b", "--data", "digits", "--scheduler-every", "batch"],
         ["train", "a:b", "--data", "digits", "--tensorboard"],
         ["train", "a:b", "--data", "digits", "--save-every", "5"],
         ["train", "a:b", "--data", "digits", "--precision", "fp8"],
@@ -394,8 +406,8 @@ OPTIONS = {
     "--strides --rollout-steps --batches --batch-size --blocks --optimizer --lr --device --seed --out --plot --json",
     "train": "MODEL --data --plan --horizon --stride --recompute --epochs --optimizer --lr --run-dir --device --seed "
     "--batch-size --blocks --json --debug --warmup --save-every --resume --scheduler --precision --accumulate "
-    "--max-grad-norm --fused --compile --patience --nonfinite --watch-every --cosine-every --tensorboard "
-    "--deterministic",
+    "--loss --scheduler-every --oom-retries --max-grad-norm --fused --compile --patience --nonfinite --watch-every "
+    "--cosine-every --tensorboard --deterministic",
     "doctor": "--json --debug",
 }
 

@@ -79,7 +79,8 @@ def test_a_plan_for_an_emulated_card_trains_there(tmp_path):
     assert plan.row.memory_source == "measured"
     words = ["--device", "emulated:40MiB", "--plan", tmp_path / "plan.json", "--optimizer", "sgd", "--json"]
     result = json.loads(run("train", *words).stdout)
-    assert result["peak_bytes"] == plan.row.memory_bytes
+    assert plan.horizon == plan.depth  # trained by back-propagation itself, which holds a little less than the engine
+    assert 0.8 * plan.row.memory_bytes < result["peak_bytes"] <= plan.row.memory_bytes
 
 
 def test_an_emulated_card_takes_a_shorter_horizon_where_the_whole_network_is_too_much():

@@ -1,4 +1,4 @@
-"""The README's, the tutorial's and the guides' Python and `$ horizonplan` lines run as they stand, in order, in one folder."""
+"""The README's and the guides' Python and `$ horizonplan` lines run as they stand, in order, in one folder."""
 
 import os
 import re

@@ -3,6 +3,7 @@
 The oracle is the uninterrupted run: its weights, optimiser, history and random numbers.
 """
 
+import errno
 import json
 import os
 import random
@@ -225,7 +226,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path):
 def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     run(DATA["batches"], tmp_path)
     before = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="there is a run of 12 steps in it; go on with it by resume=True"):
+    with pytest.raises(ValueError, match="there is a run in it already; go on with it by resume=True"):
         run(DATA["batches"], tmp_path)
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
@@ -236,6 +237,10 @@ CHANGES = [
     ({"algorithm": algorithms.Horizon(1)}, "algorithm="),
     ({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)}, "optimizer='AdamW', this run has 'SGD'"),
     ({"scheduler": hp.DecayOnGrowth}, "scheduler=None"),
+    (
+        {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)},
+        "optimizer settings={'lr': '0.01'}, this run has {'lr': '0.001'}",
+    ),
 ]
 
 
@@ -253,15 +258,177 @@ def test_another_model_is_refused(tmp_path):
         run(DATA["batches"], tmp_path, [BreakAt(5)])
     wider = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)), nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"is of another model: 'model\.0\.1\.bias' is in one of them only"):
-        hp.train(wider, DATA["batches"](), run_dir=tmp_path, resume=True, progress=False)
+        hp.train(
+            wider,
+            DATA["batches"](),
+            epochs=3,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+            run_dir=tmp_path,
+            resume=True,
+            progress=False,
+        )
 
 
 def test_nothing_to_resume_from(tmp_path):
     _, _, result = run(DATA["batches"], tmp_path / "new", resume=True)  # a first start with the same command
     assert len(result.history) == 12
-    with pytest.raises(ValueError, match="there is no valid checkpoint in that folder"):
+    with pytest.raises(ValueError, match="there is no checkpoint in that folder"):
         run(DATA["batches"], tmp_path / "other", resume=tmp_path / "nowhere")
     assert not (tmp_path / "other" / "log.jsonl").exists()
+
+
+def test_a_schedule_for_other_epochs_is_refused(tmp_path):
+    def options(epochs):
+        return {"epochs": epochs, "scheduler": lambda o: CosineAnnealingLR(o, epochs)}
+
+    run(DATA["batches"], tmp_path, **options(2))
+    with pytest.raises(ValueError, match=r"scheduler settings=\{'T_max': '2'\}, this run has \{'T_max': '4'\}"):
+        run(DATA["batches"], tmp_path, resume=True, **options(4))
+    with pytest.raises(ValueError, match="epochs=1: the run is in epoch 1 already"):
+        run(DATA["batches"], tmp_path, resume=True, **options(2) | {"epochs": 1})
+
+
+def test_patience_may_grow(tmp_path):
+    def options(patience):
+        return [hp.EarlyStopping(patience, metric="loss", min_delta=1e9)]
+
+    still = {"epochs": 9, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "save_every": None}
+    _, _, first = run(DATA["batches"], tmp_path, options(1), **still)
+    assert len(first.history) == 2 * 4
+    _, _, same_again = run(DATA["batches"], tmp_path, options(1), resume=True, **still)
+    assert len(same_again.history) == 2 * 4
+    _, _, more = run(DATA["batches"], tmp_path, options(3), resume=True, **still)
+    assert len(more.history) == 4 * 4
+    _, _, all_of_it = run(DATA["batches"], tmp_path, resume=True, **still)
+    assert len(all_of_it.history) == 9 * 4
+    assert all_of_it.stopped is None
+
+
+def test_a_run_that_a_callback_stopped_in_an_epoch_goes_on_there(tmp_path):
+    whole, _, result = run(DATA["dataset"], tmp_path / "whole")
+
+    class Stop:
+        def on_step_end(self, run, step):
+            if step["step"] == 4:
+                run.stop("out of time")
+
+    _, _, stopped = run(DATA["dataset"], tmp_path / "b", [Stop()], val_data=DATA["batches"]())
+    assert (len(stopped.history), len(stopped.validations)) == (5, 2)
+    assert stopped.stopped == "out of time"
+    model, _, again = run(DATA["dataset"], tmp_path / "b", resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+    assert again.history == result.history
+
+
+def test_validation_changes_nothing_of_the_training(tmp_path):
+    whole, _, _ = run(DATA["dataset"], None, save_every=None)
+    model, _, _ = run(DATA["dataset"], None, save_every=None, val_data=DATA["loader"]())
+    assert same(model.state_dict(), whole.state_dict())
+
+
+def test_going_back_in_a_run_leaves_the_later_checkpoints_aside(tmp_path):
+    whole, _, _ = run(DATA["batches"], tmp_path / "whole", epochs=4)
+    run(DATA["batches"], tmp_path / "b")
+    earlier, later = sorted((tmp_path / "b" / FOLDER).iterdir())
+    with pytest.raises(Broken):
+        run(DATA["batches"], tmp_path / "b", [BreakAt(10)], resume=earlier, save_every=100, epochs=4)
+    names = sorted(path.name for path in (tmp_path / "b" / FOLDER).iterdir())
+    assert names[0].startswith(f"abandoned-{later.name}")
+    assert names[1:] == [earlier.name]
+    model, _, result = run(DATA["batches"], tmp_path / "b", resume=True, epochs=4)
+    assert same(model.state_dict(), whole.state_dict())
+    assert [entry["step"] for entry in result.history] == list(range(16))
+
+
+def test_a_run_is_not_continued_into_the_folder_of_another(tmp_path):
+    run(DATA["batches"], tmp_path / "a")
+    run(DATA["batches"], tmp_path / "b", epochs=4)
+    before = sorted((str(p), p.stat().st_size) for p in (tmp_path / "b").rglob("*"))
+    with pytest.raises(ValueError, match="there is a run in it already"):
+        run(DATA["batches"], tmp_path / "b", resume=tmp_path / "a", epochs=4)
+    assert sorted((str(p), p.stat().st_size) for p in (tmp_path / "b").rglob("*")) == before
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_started_afresh(tmp_path):
+    run(DATA["batches"], tmp_path)
+    for path in (tmp_path / FOLDER).iterdir():
+        (path / "state.pt").write_bytes(b"")
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(CheckpointError, match="none of its 2 checkpoints is valid, so the run cannot go on"),
+    ):
+        run(DATA["batches"], tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+class Counts(nn.Module):
+    """Keeps a number that is in no tensor, and a buffer that appears in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.register_buffer("seen", None, persistent=False)
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.count += 1
+            self.seen = x.detach().mean() if self.seen is None else 0.5 * (self.seen + x.detach().mean())
+        return x if self.seen is None else x * (1 + 0.1 * self.seen)
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def test_state_that_is_no_parameter_is_saved_too(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)), nn.Linear(4, 3), Counts())
+
+    def train(folder, callbacks=(), resume=False):
+        made = model()
+        hp.train(made, batches(), epochs=2, run_dir=folder, resume=resume, callbacks=callbacks, progress=False)
+        return made
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Broken):
+        train(tmp_path / "b", [BreakAt(5)])
+    again = train(tmp_path / "b", resume=True)
+    assert whole[-1].count == again[-1].count
+    assert torch.equal(whole[-1].seen, again[-1].seen)
+    assert same(again.state_dict(), whole.state_dict())
+
+
+def test_a_run_s_folder_is_where_it_was(tmp_path, monkeypatch):
+    """...though the working directory changes meanwhile."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Move:
+        def on_step_end(self, run, step):
+            os.chdir(tmp_path / "elsewhere")
+
+    run(DATA["batches"], "mine", [Move()])
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "checkpoints",
+        "log.jsonl",
+        "model.safetensors",
+    ]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_sigterm_in_the_last_validation_ends_the_process_after_the_run(tmp_path):
+    class End:
+        def on_epoch_end(self, run, epoch):
+            if epoch["epoch"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated, match="when all steps were made; the weights are saved"):
+        run(DATA["batches"], tmp_path, [End()])
+    assert load_file(tmp_path / "model.safetensors")
 
 
 def test_a_lost_log_is_an_error(tmp_path):
@@ -270,6 +437,34 @@ def test_a_lost_log_is_an_error(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}\n")
     with pytest.raises(CheckpointError, match="bring the whole log back"):
         run(DATA["batches"], tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_leaves_the_last_checkpoint(what, tmp_path, monkeypatch):
+    whole, _, result = run(DATA["loader"], tmp_path / "whole")
+    write = os.write
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Fill:
+        def on_step_end(self, run, step):
+            if step["step"] == 8 and what == "checkpoint":
+                monkeypatch.setattr(os, "write", fail)
+            elif step["step"] == 8:
+                run.log.file.close()
+                run.log.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+
+    intact = {
+        "checkpoint": "no space left on device.*The last intact checkpoint is .*step-000000008.*resume=True",
+        "log": "no space left on device; the checkpoints beside it are intact: make room, .* resume=True",
+    }
+    with pytest.raises(CheckpointError, match=intact[what]):
+        run(DATA["loader"], tmp_path / "b", [Fill()])
+    monkeypatch.setattr(os, "write", write)
+    model, _, again = run(DATA["loader"], tmp_path / "b", resume=True)
+    assert same(model.state_dict(), whole.state_dict())
+    assert again.history == result.history
 
 
 class Terminate:

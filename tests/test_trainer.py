@@ -241,7 +241,7 @@ def test_metrics_of_the_user_s_own():
     assert found["hits"] == pytest.approx(found["accuracy"])
     assert found["error"] == pytest.approx(1 - found["accuracy"])
     assert list(found) == ["loss", "accuracy", "error", "hits"]
-    with pytest.raises(ValueError, match=r"metrics\['bad'\] returned tensor"):
+    with pytest.raises(ValueError, match=r"metrics\['bad'\] returned a tensor of shape \(16, 3\)"):
         trained(model, data, val_data=data, metrics={"bad": lambda output, target: output})
     with pytest.raises(ValueError, match="there is no val_data"):
         trained(model, data, metrics=metrics)
@@ -254,8 +254,12 @@ def test_early_stopping_ends_the_run_and_says_why():
     result = trained(model, data, optimizer=optimizer, epochs=9, val_data=data[:1], callbacks=[stop])
     assert len(result.validations) == 3
     assert "val_accuracy has not improved for 2 epochs" in result.stopped
-    with pytest.raises(ValueError, match=r"metric='val_f1': an epoch has loss, val_accuracy, val_loss"):
-        trained(model, data, val_data=data[:1], callbacks=[hp.EarlyStopping(metric="val_f1")])
+    with pytest.raises(ValueError, match=r"metric='val_f1': an epoch has loss, val_loss, val_accuracy"):
+        trained(model, data, val_data=data[:1], callbacks=[hp.EarlyStopping(metric="val_f1", higher_is_better=True)])
+    with pytest.raises(ValueError, match="metric='val_error': say whether higher_is_better"):
+        hp.EarlyStopping(metric="val_error")
+    again = trained(model, data, optimizer=optimizer, epochs=9, val_data=data[:1], callbacks=[stop])
+    assert len(again.validations) == 3  # the same object in another run begins anew
 
 
 def test_callbacks_are_called_in_order_and_can_stop(tmp_path):
@@ -284,16 +288,24 @@ def test_callbacks_are_called_in_order_and_can_stop(tmp_path):
             seen.append("end")
 
     result = trained(model, data, epochs=4, val_data=data[:1], run_dir=tmp_path, callbacks=[Spy()])
-    assert seen == ["begin", 0, 1, 2, 3, "epoch 0", "save", 4, 5, "epoch 1", "save", "end"]
+    assert seen == ["begin", 0, 1, 2, 3, "save", "epoch 0", 4, 5, "save", "epoch 1", "end"]
     assert result.stopped == "enough"
     assert len(result.history) == 6
 
 
 def test_compiled_blocks_train_alike_and_are_given_back():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
     model, data = task(p=0.0)
     trained(model, data, algorithm=algorithms.Horizon(2))
     twin, _ = task(p=0.0)
-    trained(twin, data, algorithm=algorithms.Horizon(2), compile="aot_eager")
+    result = trained(twin, data, algorithm=algorithms.Horizon(2), compile=backend)
+    assert len(compiled) >= 1
+    assert result.peak_bytes == 0  # unknown, rather than that of something else
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert all(block._compiled_call_impl is None for block in twin.blocks)
@@ -441,6 +453,43 @@ def with_statistics():
     return nn.Sequential(*blocks, nn.Linear(4, 3))
 
 
+def test_statistics_that_a_first_step_spoils_are_taken_back():
+    _, data = task()
+    model, twin = with_statistics(), with_statistics()
+    trained(twin, [data[1], data[3]])
+    with pytest.warns(TrainingWarning):
+        trained(model, poisoned(poisoned(data, 0), 2), nonfinite="skip")
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("owner", [False, True])
+def test_an_update_that_was_not_finite_is_rolled_back(owner, tmp_path):
+    """A gradient that is not finite with a loss that is, in a step that has updated weights by then."""
+    model, data = task(p=0.0)
+    before = copy.deepcopy(model)
+
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * math.nan
+
+    how = {"algorithm": Owner()} if owner else {"fused": True}
+    with pytest.warns(TrainingWarning, match="a gradient is not finite; rollback"):
+        trained(
+            model,
+            data[:1],
+            loss=lambda output, target: F.cross_entropy(Bad.apply(output), target),
+            nonfinite="rollback",
+            run_dir=tmp_path,
+            **how,
+        )
+    assert_same_weights(model, before)
+
+
 @pytest.mark.parametrize("method", [algorithms.BackPropagation(), algorithms.Horizon(1)], ids=str)
 def test_a_skipped_step_leaves_nothing_behind(method, tmp_path):
     _, data = task()
@@ -472,8 +521,10 @@ def test_rollback_goes_back_to_the_last_checkpoint(tmp_path):
         trained(model, poisoned(data, 2), optimizer=adam, nonfinite="rollback", run_dir=tmp_path, save_every=2)
     assert_same_weights(model, twin)
     assert [(e["step"], e["to"]) for e in events_of(tmp_path, "rollback")] == [(2, 2)]
-    with pytest.raises(FloatingPointError, match="no checkpoint yet"):
-        trained(with_statistics(), poisoned(data, 0), nonfinite="rollback", run_dir=tmp_path / "b")
+    first, start = with_statistics(), with_statistics()
+    with pytest.warns(TrainingWarning, match="step 0: loss is nan; rollback"):
+        trained(first, poisoned(data, 0)[:1], nonfinite="rollback", run_dir=tmp_path / "b")
+    assert_same_weights(first, start)  # there is a checkpoint of the start
 
 
 def test_statistics_are_taken_back_before_a_step_that_is_not_finite_is_raised():
@@ -559,6 +610,16 @@ def test_a_method_that_owns_its_step_makes_it():
     assert_same_weights(twin, model)
 
 
+class Returns(algorithms.GradientMethod):
+    """Returns something."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def backward(self, chain, batch, scale=1.0):
+        return self.what
+
+
 BAD = [
     ({"precision": "fp8"}, "precision='fp8': give 'fp32', 'bf16', 'fp16'"),
     ({"accumulate": 0}, "accumulate=0"),
@@ -572,11 +633,16 @@ BAD = [
     ({"scheduler_every": "batch"}, "scheduler_every='batch'"),
     ({"scheduler": ReduceLROnPlateau, "scheduler_every": "step"}, "ReduceLROnPlateau compares epochs"),
     ({"callbacks": [print]}, "has none of the methods on_train_begin"),
+    ({"callbacks": [hp.EarlyStopping]}, "EarlyStopping is a class; give an object"),
+    ({"callbacks": hp.EarlyStopping()}, "give a list of them"),
+    ({"loss": "mse"}, "loss='mse': give a function"),
+    ({"loss": nn.MSELoss}, "loss=MSELoss: this is a class"),
+    ({"warmup": 3, "epochs": 3}, "warmup=3: it is to end before the 3 epochs do"),
     ({"warmup": -1}, "warmup=-1"),
     ({"algorithm": {1: algorithms.Horizon(1)}}, "are not first epochs"),
     ({"algorithm": {0: "BP"}}, "algorithm='BP'"),
-    ({"algorithm": {0: algorithms.Horizon(1)}, "warmup": 1}, "the mapping of algorithms has its own"),
-    ({"algorithm": algorithms.LoCo(3, summed=True), "warmup": 1}, "has no horizon to grow to"),
+    ({"algorithm": {0: algorithms.Horizon(1)}, "warmup": 1, "epochs": 2}, "the mapping of algorithms has its own"),
+    ({"algorithm": algorithms.LoCo(3, summed=True), "warmup": 1, "epochs": 2}, "has no horizon to grow to"),
     ({"fused": True, "max_grad_norm": 1.0}, "fused and max_grad_norm=1.0: the norm of all gradients"),
     ({"fused": True, "accumulate": 2}, "fused and accumulate=2"),
     ({"fused": True, "precision": "fp16"}, "fused and precision='fp16'"),
@@ -586,6 +652,11 @@ BAD = [
     ({"algorithm": Owner(), "precision": "bf16"}, "precision='bf16': Owner owns its step"),
     ({"metrics": {"a": 1}, "val_data": [0]}, r"metrics['a']=1"),
     ({"seed": -1}, "seed=-1"),
+    ({"algorithm": Owner(), "nonfinite": "skip"}, "nonfinite='skip': Owner owns its step"),
+    ({"algorithm": Returns(None)}, "returned NoneType; return the terminal loss"),
+    ({"algorithm": Returns(1.5)}, "returned float; return the terminal loss"),
+    ({"optimizer": torch.optim.LBFGS}, "LBFGS.step needs a closure"),
+    ({"scheduler": lambda o: ReduceLROnPlateau(o, mode="max")}, "give it mode='min'"),
 ]
 
 

@@ -14,8 +14,8 @@ class Algorithm(ABC):
 
     Attributes:
         honours: the trainer's options that act inside a step and that this method takes, of
-            ``accumulate``, ``data_parallel``, ``fused``, ``max_grad_norm`` and ``precision``. The trainer refuses
-            the others.
+            ``accumulate``, ``data_parallel``, ``fused``, ``max_grad_norm``, ``nonfinite`` (skipping a step) and
+            ``precision``. The trainer refuses the others.
     """
 
     honours: ClassVar[frozenset[str]] = frozenset()
@@ -46,7 +46,7 @@ class GradientMethod(Algorithm):
     """A method that only differs in the gradient: everything around it comes from the trainer."""
 
     honours: ClassVar[frozenset[str]] = frozenset(
-        {"accumulate", "data_parallel", "fused", "max_grad_norm", "precision"}
+        {"accumulate", "data_parallel", "fused", "max_grad_norm", "nonfinite", "precision"}
     )
 
     @abstractmethod

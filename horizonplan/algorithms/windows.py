@@ -8,7 +8,7 @@ from torch import Tensor
 
 from horizonplan.algorithms.base import GradientMethod
 from horizonplan.chain import Chain
-from horizonplan.gradient import horizon_backward
+from horizonplan.gradient import back_propagation, horizon_backward
 from horizonplan.schedule import Schedule
 
 
@@ -20,8 +20,14 @@ class Windows(GradientMethod):
         """The schedule for a chain of ``depth`` blocks."""
 
     def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
-        """Accumulate the schedule's gradient; see :func:`horizonplan.horizon_backward`."""
-        return horizon_backward(chain, batch, self.schedule(chain.depth), scale=scale)
+        """Accumulate the schedule's gradient; see :func:`horizonplan.horizon_backward`.
+
+        Where that is back-propagation's without recomputing, it is computed by back-propagation itself.
+        """
+        schedule = self.schedule(chain.depth)
+        if schedule == Schedule.exact(chain.depth):
+            return back_propagation(chain, batch, scale)
+        return horizon_backward(chain, batch, schedule, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class Fixed(Windows):
     """A schedule given as such (a plan's)."""
 
     windows: Schedule
+
+    def __str__(self) -> str:
+        return str(self.windows)
 
     def schedule(self, depth: int) -> Schedule:
         """The schedule itself.

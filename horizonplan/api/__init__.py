@@ -1,37 +1,50 @@
-"""Recommendations over HTTP."""
+"""Recommendations over HTTP: plans from measurements, and the health of the service."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from horizonplan.api import health, plans, problems
+from horizonplan.api import health, plans, problems, security
 from horizonplan.api.database import Database
 from horizonplan.api.settings import Settings
 
 __all__ = ["Settings", "create_app"]
 
+DESCRIPTION = "Plan how far ahead each block's gradient looks, from measurements of a network."
+EVERYWHERE = (400, 403, 405, 413, 500, 503)
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service as an ASGI application.
+    """The service as an ASGI application. Its tables are made, or brought to this version, when it starts.
 
-    Its state: ``settings``; ``database``; ``stopping``, an ``asyncio.Event`` that is set when the server is told to
-    stop, which open streams must watch; ``checks``, of /readyz: name -> function that returns a complaint or None.
+    Its state: ``settings``; ``database``; ``metrics``; ``stopping``, an ``asyncio.Event`` that is set when the server
+    is told to stop, and ends open streams; ``checks``, which /readyz looks at: name -> function that returns a
+    complaint or ``None``.
 
     Args:
         settings: ``None``: from the environment.
     """
     settings = Settings() if settings is None else settings
-    app = FastAPI(title="horizonplan", lifespan=_lifespan)
+    app = FastAPI(
+        title="horizonplan", version="1", description=DESCRIPTION, lifespan=_lifespan, docs_url=None, redoc_url=None
+    )
     app.state.settings = settings
     app.state.database = Database(settings.database_url, settings.busy_seconds)
+    app.state.metrics = health.Metrics()
     app.state.stopping = asyncio.Event()
-    app.state.checks = {}
+    app.state.checks = health.checks(settings, app.state.database)
     problems.add_handlers(app)
-    for part in (health, plans):
-        app.include_router(part.router)
+    problems.document(app)
+    app.add_middleware(security.Guard, settings=settings)
+    app.add_middleware(health.Measure, metrics=app.state.metrics)
+    app.include_router(health.router, responses=problems.responses(*EVERYWHERE))
+    keys = [Depends(security.require_key)] if settings.keys_required else []
+    statuses = (401, *EVERYWHERE) if keys else EVERYWHERE
+    for router in (health.metrics_router, plans.router):
+        app.include_router(router, dependencies=keys, responses=problems.responses(*statuses))
     return app
 
 

@@ -36,6 +36,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+STATES = ("queued", "running", "succeeded", "failed", "cancelled")  # of a job
+
 metadata = MetaData()
 
 plans = Table(

@@ -1,13 +1,13 @@
 """Errors as problem+json (RFC 9457), and their place in OpenAPI."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -21,6 +21,8 @@ logger = logging.getLogger("horizonplan.api")
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 1
+MOST_ERRORS = 20
+LONGEST_NAME = 100
 ABOUT = {
     400: "The request is no HTTP that makes sense here, or its body is no JSON.",
     401: "A key is needed, and none or an unknown one was sent.",
@@ -57,9 +59,8 @@ class ProblemBody(BaseModel):
     detail: str
     instance: str
     errors: list[FieldError] | None = Field(None, description="The fields that cannot be used.")
-    nearest: dict[str, Any] | None = Field(
-        None, description="Of an infeasible objective: the row that misses it least."
-    )
+    nearest: dict[str, Any] | None = Field(None, description="Of an infeasible objective: the row that misses least.")
+    checks: dict[str, str] | None = Field(None, description="Of /readyz: `ok` or what is wrong, check by check.")
 
 
 class Problem(HTTPException):
@@ -87,7 +88,7 @@ class Problem(HTTPException):
         self.kind, self.errors, self.more = kind, errors, more
 
 
-def problem_response(request: Request, problem: Problem) -> JSONResponse:
+def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
         "type": f"urn:horizonplan:{problem.kind}" if problem.kind else "about:blank",
@@ -98,13 +99,29 @@ def problem_response(request: Request, problem: Problem) -> JSONResponse:
     }
     if problem.errors:
         body["errors"] = [{"field": field, "message": message} for field, message in problem.errors]
-    return JSONResponse(body | problem.more, problem.status_code, problem.headers, MEDIA_TYPE)
+    text = json.dumps(body | problem.more, allow_nan=False)  # in ASCII: a field's name may be no Unicode
+    return Response(text, problem.status_code, problem.headers, MEDIA_TYPE)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What ``responses=`` of a route says about these errors."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {s: {"description": ABOUT[s], "content": {MEDIA_TYPE: {"schema": schema}}} for s in statuses}
+
+
+def document(app: FastAPI) -> None:
+    """Let an application's OpenAPI document define what ``responses`` refers to."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "Problem" not in schemas:
+            problem = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(problem.pop("$defs"), Problem=problem)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -115,7 +132,6 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(InfeasibleError, _infeasible)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(PoolTimeoutError, _database)
-    app.add_exception_handler(Exception, _fault)
 
 
 def field_name(path: Sequence[str | int]) -> str:
@@ -123,41 +139,36 @@ def field_name(path: Sequence[str | int]) -> str:
     name = ""
     for part in path:
         name += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return name.lstrip(".") or "body"
+    return name.lstrip(".")[:LONGEST_NAME] or "body"
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    problem = (
-        error if isinstance(error, Problem) else Problem(error.status_code, str(error.detail), "", (), error.headers)
-    )
-    return problem_response(request, problem)
+    if not isinstance(error, Problem):
+        error = Problem(error.status_code, str(error.detail), headers=error.headers)
+    return problem_response(request, error)
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [(field_name(one["loc"][1:]), one["msg"]) for one in error.errors()]
+    errors = [(field_name(one["loc"][1:]), one["msg"]) for one in error.errors()[:MOST_ERRORS]]
     detail = "; ".join(f"{field}: {message}" for field, message in errors[:5])
     return problem_response(request, Problem(422, detail, "invalid", errors))
 
 
-async def _measurement(request: Request, error: Exception) -> JSONResponse:
+async def _measurement(request: Request, error: Exception) -> Response:
     assert isinstance(error, MeasurementError)
     return problem_response(request, Problem(422, str(error), "invalid", [(error.field, str(error))]))
 
 
-async def _infeasible(request: Request, error: Exception) -> JSONResponse:
+async def _infeasible(request: Request, error: Exception) -> Response:
     assert isinstance(error, InfeasibleError)
     return problem_response(request, Problem(422, str(error), "infeasible", nearest=error.nearest.to_dict()))
 
 
-async def _database(request: Request, error: Exception) -> JSONResponse:
+async def _database(request: Request, error: Exception) -> Response:
     if isinstance(error, DBAPIError) and is_full(error):
         return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
     logger.warning("%s %s: %s", request.method, request.url.path, error)
     detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
     return problem_response(request, Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}))
-
-
-async def _fault(request: Request, error: Exception) -> JSONResponse:
-    return problem_response(request, Problem(500, "The service has a fault; its log says more."))

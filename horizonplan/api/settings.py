@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     require_keys: bool = False
     max_body_bytes: int = Field(1024**2, ge=1024)
     max_depth: int = Field(1024, ge=2, le=10_000)
-    busy_seconds: float = Field(5.0, gt=0, le=60)
+    busy_seconds: float = Field(3.0, gt=0, le=60)
     min_free_bytes: int = Field(64 * 1024**2, ge=0)
     shutdown_seconds: int = Field(3, ge=1, le=60)
 

@@ -102,9 +102,9 @@ def regrouped(container: nn.Module | None, groups: Mapping[str, nn.Module]) -> I
 
 
 @contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Switch ``config.use_cache`` off: a key/value cache is of no use in training and would outlive the graphs."""
-    every: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    every: list[Any] = [getattr(m, "config", None) for m in modules]
     configs = {id(c): c for c in every if getattr(c, "use_cache", False) is True}
     try:
         for config in configs.values():
@@ -186,7 +186,7 @@ def quiet(model: nn.Module) -> ExitStack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     stack.enter_context(torch.random.fork_rng(devices=rng_devices(model)))
     stack.enter_context(scratch_buffers(model.modules()))
-    stack.enter_context(without_cache(model))
+    stack.enter_context(without_cache(model.modules()))
     stack.enter_context(Ambient().restored(cache=False))  # a cached cast of a weight would link one block to another
     return stack
 

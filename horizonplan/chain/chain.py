@@ -153,6 +153,7 @@ class Chain:
         self._found = found
         self._compute = compute
         self._projection = projection or project
+        self._configured = [m for m in model.modules() if hasattr(m, "config")]
         self._nan: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -202,7 +203,7 @@ class Chain:
         """The model as the chain needs it in a forward: children grouped into blocks, no key/value cache."""
         with ExitStack() as stack:
             stack.enter_context(regrouped(self._found.container, self._found.groups))
-            stack.enter_context(without_cache(self.model))
+            stack.enter_context(without_cache(self._configured))
             yield
 
     def nan(self, like: Tensor) -> Tensor:

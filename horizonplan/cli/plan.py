@@ -8,7 +8,7 @@ import typer
 from typer import Option
 
 from horizonplan.cli import options as opt
-from horizonplan.cli.spec import load_data, load_model, load_optimizer
+from horizonplan.cli.spec import load_data, load_loss, load_model, load_optimizer
 from horizonplan.cost import LadderCost, LinearCost
 from horizonplan.curves import PoorFitWarning
 from horizonplan.devices import ASSUMED, Calibration, parse_device
@@ -39,6 +39,7 @@ def plan(
     batches: Annotated[int, Option(help="Batches to measure cosines on.")] = 4,
     batch_size: opt.BatchSize = None,
     blocks: opt.Blocks = None,
+    loss: opt.Loss = None,
     optimizer: opt.OptimizerName = "adamw",
     lr: opt.LearningRate = None,
     device: opt.Device = None,
@@ -71,6 +72,7 @@ def plan(
             load_model(model, loaded, device, seed),
             loaded,
             blocks=blocks,
+            loss=load_loss(loss),
             objective=_objective(epsilon, lam, memory_limit),
             cost=(LadderCost if ladder else LinearCost)(unit_cost, node_memory),
             candidates=candidates,

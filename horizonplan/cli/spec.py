@@ -154,6 +154,15 @@ def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
     return make
 
 
+def load_loss(spec: str | None) -> Callable[..., Any] | None:
+    """The user's function from output and target to a scalar loss.
+
+    Raises:
+        ValueError: the specification leads to none.
+    """
+    return None if spec is None else _function("loss", spec, ())
+
+
 def load_scheduler(spec: str | None, epochs: int) -> Callable[[Optimizer], Any] | None:
     """The function from an optimiser to a scheduler of its learning rate that is stepped after each epoch.
 

@@ -9,7 +9,7 @@ from typer import Option
 
 from horizonplan.algorithms import BackPropagation, Horizon
 from horizonplan.cli import options as opt
-from horizonplan.cli.spec import SCHEDULERS, load_data, load_model, load_optimizer, load_scheduler
+from horizonplan.cli.spec import SCHEDULERS, load_data, load_loss, load_model, load_optimizer, load_scheduler
 from horizonplan.plan import Plan
 from horizonplan.training import EarlyStopping, Result, TensorBoard, Terminated
 from horizonplan.training import train as run_training
@@ -18,12 +18,15 @@ from horizonplan.units import format_bytes, format_seconds
 HORIZON = "Train without a plan: blocks that each gradient looks ahead. Default: all, which is back-propagation."
 WARMUP = "Epochs of smaller horizons first, growing to that of the plan or to HORIZON."
 RUN_DIR = "Folder for log.jsonl, plan.json, checkpoints and the weights, model.safetensors."
-SCHEDULER = f"Learning rate by the epoch: {', '.join(SCHEDULERS)}, or module:function from an Optimizer to a scheduler."
+SCHEDULER = (
+    f"Schedule of the learning rate: {', '.join(SCHEDULERS)}, or module:function from an Optimizer to a scheduler."
+)
 ACCUMULATE = "Batches whose gradients make one step."
 SAVE_EVERY = "Steps between checkpoints. Default: one after each epoch."
 RESUME = "Go on from the newest valid checkpoint in RUN_DIR, if there is one."
 NONFINITE = "What to do when a loss or gradient is NaN or infinite: stop, skip the step, or roll back to a checkpoint."
 PATIENCE = "Stop when the validation loss (without validation data: the loss) has not improved for so many epochs."
+OOM = "How often, when memory runs out, a step is tried again with recompute or half the horizon."
 COMPILE = "Compile each block with torch.compile."
 FUSED = "Update each parameter as soon as its gradient is complete, and free the gradient."
 WATCH = "Steps between measurements of a step's peak memory on a CPU; 0: the first two steps only."
@@ -46,7 +49,9 @@ def train(
     blocks: opt.Blocks = None,
     optimizer: opt.OptimizerName = "adamw",
     lr: opt.LearningRate = None,
+    loss: opt.Loss = None,
     scheduler: Annotated[str | None, Option(help=SCHEDULER)] = None,
+    scheduler_every: Annotated[Literal["epoch", "step"], Option(help="How often it is stepped.")] = "epoch",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], Option(help="Autocast around forwards.")] = "fp32",
     accumulate: Annotated[int, Option(min=1, help=ACCUMULATE)] = 1,
     max_grad_norm: Annotated[float | None, Option(help="Clip the gradient's norm to this.")] = None,
@@ -54,6 +59,7 @@ def train(
     compile: Annotated[bool, Option("--compile", help=COMPILE)] = False,
     patience: Annotated[int | None, Option(min=1, help=PATIENCE)] = None,
     nonfinite: Annotated[Literal["raise", "skip", "rollback"], Option(help=NONFINITE)] = "raise",
+    oom_retries: Annotated[int, Option(min=0, help=OOM)] = 2,
     watch_every: Annotated[int, Option(min=0, help=WATCH)] = 100,
     cosine_every: Annotated[int, Option(min=0, help=COSINE)] = 0,
     tensorboard: Annotated[bool, Option("--tensorboard", help="Write RUN_DIR/tensorboard, too.")] = False,
@@ -87,6 +93,7 @@ def train(
     callbacks: list[Any] = [TensorBoard()] if tensorboard else []
     if patience is not None:
         callbacks.append(EarlyStopping(patience, "loss" if validation is None else "val_loss"))
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
         result = run_training(
             load_model(model, batches, device, seed),
@@ -95,10 +102,12 @@ def train(
             algorithm=None if chosen is not None else method,
             warmup=warmup,
             epochs=epochs,
+            loss=load_loss(loss),
             blocks=blocks,
             device=device,
             optimizer=load_optimizer(optimizer, lr),
             scheduler=load_scheduler(scheduler, epochs),
+            scheduler_every=scheduler_every,
             precision=precision,
             accumulate=accumulate,
             max_grad_norm=max_grad_norm,
@@ -112,13 +121,15 @@ def train(
             save_every=save_every,
             resume=resume,
             nonfinite=nonfinite,
+            oom_retries=oom_retries,
             seed=seed,
             deterministic=deterministic,
         )
     except Terminated as end:
-        typer.echo(str(end), err=True)
+        if first:
+            typer.echo(str(end), err=True)
         raise
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         _print(result, json, horizon, stride)
 
 

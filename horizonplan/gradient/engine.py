@@ -52,13 +52,15 @@ def execute(
     After an error, gradients that were ``None`` are ``None`` again; to one that was there, finished windows may
     have added.
     """
-    if not any(p.requires_grad for p in chain.parameters()):
+    parameters = list(chain.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
         raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
-    if any(p.requires_grad and id(p) in chain.layout.unplaced for p in chain.parameters()):
+    if any(id(p) in chain.layout.unplaced for p in trainable):
         raise ChainError("a parameter was frozen when the chain was built and is not any more: build the chain again.")
     torch.clear_autocast_cache()  # an optimiser may have changed the weights behind it
     step = Step(chain, batch, list(ops), scale, observer, gather)
-    fresh = [p for p in chain.parameters() if p.grad is None]
+    fresh = [p for p in parameters if p.grad is None]
     try:
         return step.run()
     except BaseException:
@@ -123,7 +125,7 @@ class Step:
         self.last_pull = {op.t: place for place, op in enumerate(ops) if isinstance(op, Pull)}
         self.heads = any(isinstance(op, Loss) and not op.final for op in ops)
         self.ambient = Ambient()
-        self.devices = rng_devices(chain.model)
+        self.devices = rng_devices(chain.model) if self.last_rerun else []
         self.sums = Sums(chain, ops if gather else [])
 
     def run(self) -> Tensor:

@@ -1,13 +1,14 @@
 """The bundled trainer."""
 
+from horizonplan.training.attempts import TrainingWarning
 from horizonplan.training.callbacks import Callback, EarlyStopping, TensorBoard
 from horizonplan.training.checkpoint import CheckpointError, CheckpointWarning
 from horizonplan.training.evaluate import evaluate
-from horizonplan.training.loop import TrainingWarning
+from horizonplan.training.result import Result
 from horizonplan.training.run import Run
 from horizonplan.training.schedules import DecayOnGrowth
 from horizonplan.training.signals import EXIT_TERMINATED, Terminated
-from horizonplan.training.trainer import Result, Trainer, train
+from horizonplan.training.trainer import Trainer, train
 from horizonplan.training.watch import PlanWarning
 
 __all__ = [

@@ -39,13 +39,18 @@ class Callback:
     def on_train_end(self, run: Run) -> None:
         """After the last step of a run that was not broken off."""
 
+    def close(self) -> None:
+        """At the end in any case, however the run ended."""
+
 
 def check_callback(callback: object) -> None:
     """See that an object has one of the methods.
 
     Raises:
-        ValueError: it has none of them.
+        ValueError: it has none of them, or is a class.
     """
+    if isinstance(callback, type):
+        raise ValueError(f"callbacks: {callback.__name__} is a class; give an object, {callback.__name__}(...).")
     if not any(callable(getattr(callback, event, None)) for event in EVENTS):
         raise ValueError(f"callbacks: {callback!r} has none of the methods {', '.join(EVENTS)}.")
 
@@ -56,11 +61,14 @@ class EarlyStopping(Callback):
     Args:
         patience: epochs without an improvement that are borne.
         metric: a key of the epoch: ``"val_loss"``, ``"val_accuracy"``, ``"loss"``, ...
-        higher_is_better: ``None``: True for all but losses.
+        higher_is_better: ``None``: True for names that end in "accuracy", False for those that end in "loss"; for
+            others it has to be said.
         min_delta: what counts as an improvement.
 
+    The weights are those of the last epoch, not of the best one.
+
     Raises:
-        ValueError: a bad argument; in use, an epoch without the metric.
+        ValueError: a bad argument; in use, a metric that is not measured.
     """
 
     def __init__(
@@ -74,15 +82,31 @@ class EarlyStopping(Callback):
             raise ValueError(f"patience={patience!r}: give a whole number of epochs >= 1.")
         if not min_delta >= 0:
             raise ValueError(f"min_delta={min_delta!r}: give a number >= 0.")
+        if higher_is_better is None:
+            if not metric.endswith(("loss", "accuracy")):
+                raise ValueError(f"metric={metric!r}: say whether higher_is_better, True or False.")
+            higher_is_better = metric.endswith("accuracy")
         self.patience, self.metric, self.min_delta = patience, metric, min_delta
-        self.sign = 1.0 if (not metric.endswith("loss") if higher_is_better is None else higher_is_better) else -1.0
+        self.sign = 1.0 if higher_is_better else -1.0
+        self._begin()
+
+    def _begin(self) -> None:
         self.best, self.waited = -math.inf, 0
+
+    def __repr__(self) -> str:
+        values = self.patience, self.metric, self.sign > 0, self.min_delta
+        return f"EarlyStopping{values}"
+
+    def on_train_begin(self, run: Run) -> None:
+        """See that the metric will be measured; a resumed run that had been stopped is stopped again."""
+        known = ["loss", *(f"val_{name}" for name in run.metrics)]
+        if self.metric not in known:
+            raise ValueError(f"metric={self.metric!r}: an epoch has {', '.join(known)}; val_... needs val_data.")
+        if not run.resumed:
+            self._begin()
 
     def on_epoch_end(self, run: Run, epoch: Mapping[str, Any]) -> None:
         """Compare with the best epoch so far."""
-        if self.metric not in epoch:
-            known = ", ".join(sorted(name for name in epoch if name not in ("epoch", "step", "lr")))
-            raise ValueError(f"metric={self.metric!r}: an epoch has {known}; val_... needs val_data.")
         value = self.sign * epoch[self.metric]
         if value > self.best + self.min_delta:
             self.best, self.waited = value, 0
@@ -136,7 +160,7 @@ class TensorBoard(Callback):
         """Everything an epoch has."""
         self._write({f"epoch/{n}": v for n, v in epoch.items() if n not in ("epoch", "step")}, epoch["step"])
 
-    def on_train_end(self, run: Run) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self.writer is not None:
             self.writer.close()

@@ -176,6 +176,28 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def present(folder: Path) -> list[Path]:
+    """What has a checkpoint's name in a folder, valid or not, the newest first."""
+    return [path for _, path in _found(folder)] if folder.is_dir() else []
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, so that they are no longer taken for the run's; returns the new paths.
+
+    Raises:
+        CheckpointError: the system refused.
+    """
+    aside = []
+    try:
+        for other, path in _found(folder) if folder.is_dir() else []:
+            if other > step:
+                aside.append(path.with_name(f"abandoned-{path.name}-{secrets.token_hex(4)}"))
+                os.replace(path, aside[-1])
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {in_words(error)}; its later checkpoints could not be renamed.") from error
+    return aside
+
+
 def _make(final: Path, step: int, weights: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any]) -> None:
     part = _temporary(final)
     try:

@@ -40,7 +40,8 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         plain = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
-        file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+        flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of one element may be anything
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], called: str = "tensors") -> None:

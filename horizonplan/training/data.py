@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from horizonplan.batch import take
 from horizonplan.probes.budget import on_host
 from horizonplan.training.random_state import GENERATOR_KINDS, Generator, Isolated, capture, mixed, restore, same
 
@@ -102,7 +103,7 @@ class Stream:
             if state is not None:
                 restore(state["start"], self.devices, self._generators)
             self._start = capture(self.devices, self._generators)
-            for part in self._parts:
+            for part in [*self._parts, *([] if self._own is self.loader else [self._own])]:
                 if callable(getattr(part, "set_epoch", None)):
                     part.set_epoch(epoch)
             self.epoch, self.position = epoch, 0
@@ -114,6 +115,15 @@ class Stream:
             self.position += 1
             yield turn
         self.epoch, self.position, self._start = epoch + 1, 0, None
+
+    def sample(self) -> Any:
+        """A batch to see what the data are; no generator is changed by it, and no worker stays."""
+        with on_host():
+            before = capture(self.devices, self._generators)
+            try:
+                return take(self._own, 1)[0]
+            finally:
+                restore(before, self.devices, self._generators)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is: of tensors, numbers, strings, tuples, lists and dicts only.
@@ -152,7 +162,7 @@ class Stream:
                 "data: a loader with in_order=False has no fixed order in which an epoch could be continued; give it "
                 "in_order=True, or resume from the end of an epoch."
             )
-        self._pending = state
+        self._pending = state if state["position"] else None  # between epochs there is nothing to go through again
         self.epoch, self.position = state["epoch"], state["position"]
         with on_host():
             restore(state["random"], self.devices, self._generators)
@@ -237,6 +247,9 @@ class _Order:
     def __init__(self, sampler: Iterable[Any], rank: int, world: int) -> None:
         self.sampler, self.rank, self.world = sampler, rank, world
         self.seed, self.none_left = 0, False
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.world)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         self.none_left = False

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, target_of
-from horizonplan.chain.calls import training_mode
+from horizonplan.batch import ComputeLoss, batch_size, move, output_tensor, take, target_of
+from horizonplan.chain.calls import quiet, training_mode
 from horizonplan.probes.budget import each
+from horizonplan.training.random_state import Isolated
 from horizonplan.training.team import Team
 
 
@@ -28,15 +28,18 @@ class Accumulating(Protocol):
         """Forget all batches."""
 
 
+_END = object()  # of the batches
 Metric = Callable[[Any, Any], Any] | Accumulating
 
 
-def check_metrics(metrics: object) -> None:
-    """See that they are a mapping of names to metrics.
+def check_metrics(metrics: object, world: int = 1) -> None:
+    """See that they are a mapping of names to metrics that so many processes can compute together.
 
     Raises:
         ValueError: they are not.
     """
+    if isinstance(metrics, Mapping) and (kinds := [m.__name__ for m in metrics.values() if isinstance(m, type)]):
+        raise ValueError(f"metrics: {kinds[0]} is a class; give an object, {kinds[0]}(...).")
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise ValueError(f"metrics={metrics!r}: give a mapping of names to functions (output, target) -> number.")
     for name, metric in metrics.items():
@@ -44,6 +47,11 @@ def check_metrics(metrics: object) -> None:
             raise ValueError(
                 f"metrics[{name!r}]={metric!r}: give a function (output, target) -> number, or an object with update, "
                 "compute and reset."
+            )
+        if world > 1 and _accumulates(metric) and not callable(getattr(metric, "sync", None)):
+            raise ValueError(
+                f"metrics[{name!r}]={metric!r}: each of {world} processes shows it other batches, and it has no method "
+                "sync to bring them together, as those of torchmetrics have; give such an object, or a function."
             )
 
 
@@ -60,11 +68,13 @@ def evaluate(
 
     Args:
         model: the model.
-        data: batches; of a team, each process takes its share.
+        data: batches; of a team, each process takes every so many of them (all, of a loader whose sampler has
+            ``num_replicas``). What the loader draws from global generators is the same on all.
         compute_loss: ``(model, batch) -> loss``.
         device: where to move batches to.
         metrics: name -> ``(output, target) -> number``, or an object with ``update(output, target)``, ``compute()``
-            and ``reset()``, such as those of torchmetrics. The output is the logits where the model's output has any.
+            and ``reset()``, such as those of torchmetrics; in a team with ``sync()``, too, and its ``compute()`` gives
+            the value over all processes. The output is the logits where the model's output has any.
         team: processes that evaluate together.
 
     Returns:
@@ -77,13 +87,14 @@ def evaluate(
             model, so that there is no output.
     """
     metrics, team = metrics or {}, team or Team()
+    check_metrics(metrics, team.world)
     totals = dict.fromkeys(["loss", *(name for name, metric in metrics.items() if not _accumulates(metric))], 0.0)
     samples, hits, counted = 0, 0, 0
     for metric in metrics.values():
         if _accumulates(metric):
             metric.reset()  # type: ignore[union-attr]
     with training_mode(model, False):
-        for batch in islice(each(data), team.rank, None, team.world):
+        for batch in _share(data, team):
             batch = move(batch, device)
             loss, output = _forward(model, batch, compute_loss)
             target = target_of(batch)
@@ -101,6 +112,37 @@ def evaluate(
     accuracy = {"accuracy": hits / counted} if counted else {}
     late = {name: float(m.compute()) for name, m in metrics.items() if _accumulates(m)}  # type: ignore[union-attr]
     return {"loss": found.pop("loss")} | accuracy | found | late
+
+
+def rehearsed(
+    model: nn.Module,
+    data: Iterable[Any],
+    compute_loss: ComputeLoss,
+    device: torch.device,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[str, ...]:
+    """The names of what :func:`evaluate` will measure, seen by doing it on one batch; nothing is changed by it."""
+    with Isolated(0).drawing(), quiet(model):
+        return tuple(evaluate(model, take(data, 1), compute_loss, device, metrics))
+
+
+def _share(data: Iterable[Any], team: Team) -> Iterator[Any]:
+    """This process's batches. What they draw is the same on all processes, and apart from what training draws."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    parts = data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)
+    shared = any(hasattr(part, "num_replicas") for part in parts)
+    if isinstance(data, list | tuple):
+        yield from data[team.rank :: team.world]
+        return
+    batches, isolated, number = each(data), Isolated(0), 0
+    while True:
+        with isolated.drawing():
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        if shared or number % team.world == team.rank:
+            yield batch
+        number += 1
 
 
 def _forward(model: nn.Module, batch: Any, compute_loss: ComputeLoss) -> tuple[float, Any]:
@@ -127,7 +169,8 @@ def _measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[s
         try:
             found[name] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"metrics[{name!r}] returned {value!r}: let it return one number.") from error
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"metrics[{name!r}] returned {shape}: let it return one number.") from error
     return found
 
 

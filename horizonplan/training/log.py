@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +65,9 @@ class Log:
                 raise self._lost(error) from error
 
     def _lost(self, error: OSError) -> CheckpointError:
+        with suppress(OSError):
+            if self.file is not None:
+                self.file.close()
         self.file = None
         reason = (error.strerror or str(error)).lower()
         return CheckpointError(

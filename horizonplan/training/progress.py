@@ -58,7 +58,7 @@ class Reporter:
         if self.call is not None:
             self.call(message, run.epoch, self.epochs)
         elif self.shows:
-            self.console.print(f"[dim]{run.epoch + 1}/{self.epochs}[/dim] {message}")
+            self.console.print(f"[dim]{run.epoch + 1}/{self.epochs}[/dim] {message}", soft_wrap=True)
 
     def close(self, done: bool) -> None:
         """At the end; ``done`` unless the run was broken off."""

@@ -88,19 +88,45 @@ class Isolated:
 
     def __init__(self, seed: int, devices: Sequence[int] = ()) -> None:
         self.devices = devices
+        self._bits = type(_bit_generator())()
         with seeded_all(seed, devices):
-            self.state = capture(devices)
+            self._torch, self._python, self._numpy = self._drawn()
+        self._bits.state = self._numpy
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of these random numbers, as :func:`capture` has it."""
+        (cpu, *cuda), numpy = self._torch, _as_tensors(self._numpy)
+        return {"torch": cpu, "cuda": cuda, "python": self._python, "numpy": numpy, "generators": []}
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """The global generators in the state of this object's."""
-        outside = capture(self.devices)
-        restore(self.state, self.devices)
+        outside, bits = self._drawn(), _bit_generator()
+        self._set(self._bits, self._torch, self._python, self._numpy)
         try:
             yield
         finally:
-            self.state = capture(self.devices)
-            restore(outside, self.devices)
+            self._torch, self._python, self._numpy = self._drawn()
+            self._set(bits, *outside)
+
+    def _drawn(self) -> tuple[list[Tensor], Any, Any]:
+        states = [torch.default_generator.get_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+        return states, random.getstate(), np.random.get_state(legacy=False)
+
+    def _set(self, bits: Any, states: list[Tensor], python: Any, numpy: Any) -> None:
+        """Set the global generators; NumPy's is exchanged, and set only where that has lost half of a normal pair."""
+        torch.default_generator.set_state(states[0])
+        for device, state in zip(self.devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(python)
+        np.random.set_bit_generator(bits)  # type: ignore[attr-defined]  # which its stubs do not know
+        if numpy["has_gauss"]:
+            np.random.set_state(numpy)
+
+
+def _bit_generator() -> Any:
+    return np.random.get_bit_generator()  # type: ignore[attr-defined]
 
 
 def mixed(*parts: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -17,11 +19,9 @@ from horizonplan.plan import Plan
 from horizonplan.training.callbacks import check_callback
 from horizonplan.training.evaluate import check_metrics
 from horizonplan.training.fused import check_schedule
+from horizonplan.training.options import Options
 from horizonplan.training.precision import check_precision
 from horizonplan.training.schedules import DecayOnGrowth
-
-if TYPE_CHECKING:
-    from horizonplan.training.trainer import Trainer
 
 FUSED_EXCLUDES = {
     "accumulate": "gradients that wait for the next batch cannot be freed",
@@ -31,55 +31,61 @@ FUSED_EXCLUDES = {
 }
 
 
-def check(trainer: Trainer) -> None:
-    """See that a trainer's arguments make sense, each by itself and together.
+def check(options: Options) -> None:
+    """See that the options make sense, each by itself and together.
 
     Raises:
         ValueError: one does not.
     """
-    _methods(trainer)
-    _numbers(trainer)
-    _choices(trainer)
-    resolve_loss(trainer.loss, trainer.compute_loss)
-    card = parse_device(trainer.device)
+    _numbers(options)
+    _methods(options)
+    _choices(options)
+    resolve_loss(options.loss, options.compute_loss)
+    for name, module in options.model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"model: {name!r} has sparse gradients, which are not taken; set sparse=False.")
+    card = parse_device(options.device)
     if card is not None and card.kind == "simulated":
         raise ValueError(
-            f"device={trainer.device!r}: nothing runs on a simulated device; give an emulated or a real one."
+            f"device={options.device!r}: nothing runs on a simulated device; give an emulated or a real one."
         )
-    for callback in trainer.callbacks:
+    if not isinstance(options.callbacks, Sequence):
+        raise ValueError(f"callbacks={options.callbacks!r}: give a list of them.")
+    for callback in options.callbacks:
         check_callback(callback)
-    if trainer.metrics is not None:
-        check_metrics(trainer.metrics)
-        if trainer.val_data is None:
+    if options.metrics is not None:
+        check_metrics(options.metrics)
+        if options.val_data is None:
             raise ValueError("metrics: there is no val_data to measure them on; give some.")
-    if trainer.run_dir is None:
-        for name, value in {"resume": trainer.resume is True, "save_every": trainer.save_every is not None}.items():
+    if options.run_dir is None:
+        for name, value in {"resume": options.resume is True, "save_every": options.save_every is not None}.items():
             if value:
                 raise ValueError(f"{name}: it needs a run_dir, where checkpoints are; give one.")
-        if trainer.nonfinite == "rollback":
+        if options.nonfinite == "rollback":
             raise ValueError("nonfinite='rollback': it needs a run_dir with checkpoints to roll back to; give one.")
-    if trainer.fused:
-        _fused(trainer)
+    if options.fused:
+        _fused(options)
 
 
-def check_method(trainer: Trainer, method: Algorithm, chain: Chain, world: int) -> None:
+def check_method(options: Options, method: Algorithm, chain: Chain, world: int) -> None:
     """See that a method honours on a chain what is asked for inside its steps.
 
     Raises:
         ValueError: it does not.
     """
     asked = {
-        "accumulate": trainer.accumulate > 1,
-        "max_grad_norm": trainer.max_grad_norm is not None,
-        "fused": trainer.fused,
-        "precision": trainer.precision != "fp32",
+        "accumulate": options.accumulate > 1,
+        "max_grad_norm": options.max_grad_norm is not None,
+        "fused": options.fused,
+        "precision": options.precision != "fp32",
         "data_parallel": world > 1,
+        "nonfinite": options.nonfinite == "skip",
     }
     for name, wanted in asked.items():
         if wanted and name not in method.honours:
-            what = f"{world} processes" if name == "data_parallel" else f"{name}={getattr(trainer, name)!r}"
+            what = f"{world} processes" if name == "data_parallel" else f"{name}={getattr(options, name)!r}"
             raise ValueError(f"{what}: {type(method).__name__} owns its step and does not take it; leave it out.")
-    if trainer.fused and isinstance(method, Windows):
+    if options.fused and isinstance(method, Windows):
         check_schedule(chain, method.schedule(chain.depth))
 
 
@@ -99,19 +105,34 @@ def check_scheduler(scheduler: Any, optimizer: Optimizer, every: str) -> None:
         raise ValueError("scheduler: it was made for another optimizer; give callable(optimizer) -> scheduler.")
     if every == "step" and isinstance(scheduler, ReduceLROnPlateau | DecayOnGrowth):
         raise ValueError(f"scheduler_every='step': {type(scheduler).__name__} compares epochs; set it to 'epoch'.")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
+        raise ValueError("scheduler: ReduceLROnPlateau gets the validation loss, which is to fall; give it mode='min'.")
 
 
-def _methods(trainer: Trainer) -> None:
-    plan, algorithm = trainer.plan, trainer.algorithm
+def check_steps(optimizer: Optimizer) -> None:
+    """See that an optimiser's step needs nothing but gradients.
+
+    Raises:
+        ValueError: it needs a closure, as LBFGS does.
+    """
+    needed = [p for p in inspect.signature(type(optimizer).step).parameters.values() if p.default is p.empty]
+    if [p.name for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD] != ["self"]:
+        raise ValueError(f"optimizer: {type(optimizer).__name__}.step needs a closure; give one that steps without.")
+
+
+def _methods(options: Options) -> None:
+    plan, algorithm = options.plan, options.algorithm
     if plan is not None and algorithm is not None:
         raise ValueError("plan and algorithm are both given: give one.")
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan is a {type(plan).__name__}: give a Plan, e.g. Plan.load(path).")
-    if plan is not None and trainer.blocks is not None:
-        raise ValueError(f"blocks={trainer.blocks!r}: a plan brings its own blocks; leave it out.")
+    if plan is not None and options.blocks is not None:
+        raise ValueError(f"blocks={options.blocks!r}: a plan brings its own blocks; leave it out.")
+    if options.warmup >= options.epochs:
+        raise ValueError(f"warmup={options.warmup}: it is to end before the {options.epochs} epochs do; give fewer.")
     if isinstance(algorithm, Mapping):
-        if trainer.warmup:
-            raise ValueError(f"warmup={trainer.warmup}: the mapping of algorithms has its own; leave one out.")
+        if options.warmup:
+            raise ValueError(f"warmup={options.warmup}: the mapping of algorithms has its own; leave one out.")
         if 0 not in algorithm or not all(_whole(epoch, 0) for epoch in algorithm):
             raise ValueError(f"algorithm: its keys {list(algorithm)} are not first epochs; give {{0: ..., 5: ...}}.")
     for method in algorithm.values() if isinstance(algorithm, Mapping) else [algorithm]:
@@ -119,35 +140,35 @@ def _methods(trainer: Trainer) -> None:
             raise ValueError(f"algorithm={method!r}: give an Algorithm such as horizonplan.algorithms.Horizon(3).")
 
 
-def _numbers(trainer: Trainer) -> None:
+def _numbers(options: Options) -> None:
     least = {"epochs": 1, "accumulate": 1, "save_every": 1, "warmup": 0, "watch_every": 0, "cosine_every": 0}
     least |= {"max_nonfinite": 0, "oom_retries": 0, "seed": 0}
     for name, low in least.items():
-        value = getattr(trainer, name)
+        value = getattr(options, name)
         if not _whole(value, low) and not (name == "save_every" and value is None):
             raise ValueError(f"{name}={value!r}: give a whole number >= {low}.")
-    norm = trainer.max_grad_norm
+    norm = options.max_grad_norm
     if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
         raise ValueError(f"max_grad_norm={norm!r}: give a number > 0.")
 
 
-def _choices(trainer: Trainer) -> None:
-    check_precision(trainer.precision)
+def _choices(options: Options) -> None:
+    check_precision(options.precision)
     for name, choices in {"scheduler_every": ("epoch", "step"), "nonfinite": ("raise", "skip", "rollback")}.items():
-        if getattr(trainer, name) not in choices:
-            raise ValueError(f"{name}={getattr(trainer, name)!r}: give {', '.join(map(repr, choices))}.")
+        if getattr(options, name) not in choices:
+            raise ValueError(f"{name}={getattr(options, name)!r}: give {', '.join(map(repr, choices))}.")
 
 
-def _fused(trainer: Trainer) -> None:
+def _fused(options: Options) -> None:
     asked = {
-        "accumulate": trainer.accumulate > 1,
-        "max_grad_norm": trainer.max_grad_norm is not None,
-        "nonfinite": trainer.nonfinite == "skip",
-        "precision": trainer.precision == "fp16",
+        "accumulate": options.accumulate > 1,
+        "max_grad_norm": options.max_grad_norm is not None,
+        "nonfinite": options.nonfinite == "skip",
+        "precision": options.precision == "fp16",
     }
     for name, wanted in asked.items():
         if wanted:
-            raise ValueError(f"fused and {name}={getattr(trainer, name)!r}: {FUSED_EXCLUDES[name]}; leave one out.")
+            raise ValueError(f"fused and {name}={getattr(options, name)!r}: {FUSED_EXCLUDES[name]}; leave one out.")
 
 
 def _whole(value: object, low: int) -> bool:

@@ -44,6 +44,10 @@ class Run:
         thrift: how often the method has been made thriftier because memory ran out.
         faults: steps so far that were not finite.
         stop_reason: why to stop, once that is clear.
+        metrics: the names of what validation measures; none without validation data.
+        resumed: whether the run goes on from a checkpoint.
+        saved: the last checkpoint in the run's folder.
+        settings: what must be the same when the run is resumed.
     """
 
     stepper: Stepper
@@ -64,6 +68,10 @@ class Run:
     thrift: int = 0
     faults: int = 0
     stop_reason: str | None = None
+    metrics: tuple[str, ...] = ()
+    resumed: bool = False
+    saved: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chain(self) -> Chain:

@@ -53,31 +53,43 @@ class Stepper:
     accumulate: int = 1
     updated: bool = False
 
-    def gradient(self, algorithm: Algorithm, turns: Sequence[Turn]) -> Tensor:
-        """Accumulate the gradient of the turns' mean loss; returns that loss. A method that owns its step makes it."""
+    def __post_init__(self) -> None:
+        self.own = list(self.chain.parameters())  # walking through the modules takes longer than clearing
+
+    def gradient(self, algorithm: Algorithm, turns: Sequence[Turn], shares: Sequence[float]) -> Tensor:
+        """Accumulate the gradient of the turns' mean loss; returns that loss. A method that owns its step makes it.
+
+        Args:
+            algorithm: the method.
+            turns: this process's micro-batches.
+            shares: their weights in the mean, which add up to 1 over all processes.
+        """
         self.clear()
         if not isinstance(algorithm, GradientMethod):
-            return algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer)
-        sizes = _sizes(turns)
-        (samples,) = self.team.sum(sum(sizes))
+            return _checked(algorithm, algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer))
+        own = [(turn, share) for turn, share in zip(turns, shares, strict=True) if turn.counts]
+        self.team.silent = not own
+        own = own or [(turns[-1], 0.0)]
         total: Tensor | None = None
-        for number, (turn, size) in enumerate(zip(turns, sizes, strict=True)):
-            self.team.reducing = number == len(turns) - 1
-            share = size / samples
+        for number, (turn, share) in enumerate(own):
+            self.team.reducing = number == len(own) - 1
             with autocast(self.precision, self.place), self._updating():
-                loss = algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
-            total = share * loss if total is None else total + share * loss
-        self.team.finish()
+                loss = _checked(
+                    algorithm, algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
+                )
+            part = share * loss if turn.counts else torch.zeros_like(loss)
+            total = part if total is None else total + part
         assert total is not None
-        return total if self.team.world == 1 else total.new_tensor(self.team.sum(total.item())[0])
+        return total if self.team.world == 1 else total.new_tensor(self.team.finish(total.item()))
 
     def update(self, algorithm: Algorithm, loss: Tensor) -> str | None:
         """Clip and update, unless the loss or the gradient is not finite; that is said in words, then.
 
         In fp16 a gradient that overflows is no fault while the scale is above 1: the scale is lowered.
         """
-        if self.fuse or not isinstance(algorithm, GradientMethod):  # the update is made
-            wrong = not_finite(loss, loss.new_zeros(()))
+        if self.fuse or not isinstance(algorithm, GradientMethod):  # the update is made: the weights tell
+            weights = [p.detach() for p in _parameters(self.optimizer) if p.is_floating_point()]
+            wrong = not_finite(loss, torch.nn.utils.get_total_norm(weights))
             self.updated = wrong is None
             return wrong
         if self.scaler is not None:
@@ -97,8 +109,8 @@ class Stepper:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.chain.model.zero_grad(set_to_none=True)
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in (*self.own, *_parameters(self.optimizer)):
+            p.grad = None
 
     def _updating(self) -> AbstractContextManager[None]:
         return fused(self.optimizer) if self.fuse else nullcontext()
@@ -107,14 +119,22 @@ class Stepper:
         return share if self.scaler is None else self.scaler.scale(torch.tensor(share, device=self.place))
 
 
-def _sizes(turns: Sequence[Turn]) -> list[int]:
-    """The turns' weights: their samples, or 1 each where samples cannot be told; 0 for what counts elsewhere."""
+def samples(turns: Sequence[Turn]) -> list[int] | None:
+    """Each turn's samples, 0 for one that does not count; ``None`` where they cannot be told."""
     sizes = [batch_size(turn.batch) for turn in turns]
     known = [size for size in sizes if size is not None]
-    return [
-        (size if size is not None and len(known) == len(sizes) else 1) if turn.counts else 0
-        for turn, size in zip(turns, sizes, strict=True)
-    ]
+    if len(known) < len(sizes):
+        return None
+    return [size if turn.counts else 0 for turn, size in zip(turns, known, strict=True)]
+
+
+def _checked(algorithm: Algorithm, loss: object) -> Tensor:
+    """What a method returned, if it is a loss."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"algorithm: {algorithm} returned {type(loss).__name__}; return the terminal loss, a scalar tensor."
+        )
+    return loss.detach().reshape(())
 
 
 def _parameters(optimizer: Optimizer) -> list[Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -15,159 +14,47 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Algorithm, BackPropagation, Fixed, Windows
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, batch_size, move, resolve_loss
+from horizonplan.batch import as_device, as_loader, batch_size, move, resolve_loss
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import ENTRY, rng_devices, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.devices import parse_device
-from horizonplan.plan import Plan
-from horizonplan.probes.budget import Budget, taken
+from horizonplan.probes.budget import Budget
 from horizonplan.probes.steady import check_optimizer, optimizer_for
-from horizonplan.progress import Progress
-from horizonplan.projection import Projection
 from horizonplan.training import state
-from horizonplan.training.checkpoint import Checkpoint
+from horizonplan.training.attempts import Attempts
+from horizonplan.training.checkpoint import Checkpoint, set_aside
 from horizonplan.training.contents import write_tensors
 from horizonplan.training.data import Stream
 from horizonplan.training.deterministic import deterministic
-from horizonplan.training.evaluate import Metric
+from horizonplan.training.evaluate import check_metrics, rehearsed
 from horizonplan.training.files import write
 from horizonplan.training.log import Log
-from horizonplan.training.loop import Loop, mean
+from horizonplan.training.loop import Loop
+from horizonplan.training.options import Options
 from horizonplan.training.precision import scaler_for
 from horizonplan.training.progress import Reporter
 from horizonplan.training.random_state import seeded_all
-from horizonplan.training.refusals import check, check_method, check_scheduler
+from horizonplan.training.refusals import check, check_method, check_scheduler, check_steps
+from horizonplan.training.result import Result, result_of
 from horizonplan.training.run import Run
-from horizonplan.training.signals import Asked, terminable
+from horizonplan.training.signals import Asked, Terminated, terminable
 from horizonplan.training.step import Stepper
-from horizonplan.training.team import Team, team
+from horizonplan.training.team import Team, own_device, team
 from horizonplan.training.undo import Undo
 from horizonplan.training.warmup import warm_up
-from horizonplan.training.watch import FIRST_STEPS, Watch, scheduled
+from horizonplan.training.watch import Watch, scheduled
 
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a training run left behind, besides the model.
-
-    Attributes:
-        history: one dict a step: ``epoch``, ``step`` (from 0), ``loss``; those before a resume included.
-        final_loss: mean training loss over the last epoch.
-        val_metrics: ``loss``, perhaps ``accuracy``, and the metrics asked for, after the last epoch.
-        validations: one dict an epoch: ``epoch`` and its metrics.
-        peak_bytes: the largest peak of a step that was measured. On CPU steps are tracked, the first one not counted;
-            on CUDA it is the allocator's.
-        step_seconds: median seconds of a step, the first two left out.
-        seconds: wall time of the training loop, validation left out.
-        stopped: why training ended before its last epoch; ``None`` if it did not.
-    """
-
-    history: tuple[dict[str, Any], ...]
-    final_loss: float
-    val_metrics: dict[str, float] = field(default_factory=dict)
-    validations: tuple[dict[str, Any], ...] = ()
-    peak_bytes: int = 0
-    step_seconds: float = 0.0
-    seconds: float = 0.0
-    stopped: str | None = None
-
-
 @dataclass
-class Trainer:
-    """Trains a model in place: ``Trainer(model, data, plan=plan).train()``.
-
-    Args:
-        model: the model the plan was made for, or any chain for an algorithm.
-        data: a DataLoader, a list of batches, or a Dataset (32 samples a batch, shuffled anew each epoch).
-        plan: what to train with; excludes ``algorithm``.
-        algorithm: a :class:`horizonplan.algorithms.Algorithm`, or a mapping from first epochs to algorithms
-            (``{0: Horizon(2, 2), 5: BackPropagation()}``). With neither, back-propagation.
-        warmup: epochs of smaller horizons, growing to that of the plan or algorithm.
-        epochs: passes over the data.
-        loss: as for :func:`horizonplan.plan_horizon`.
-        compute_loss: likewise.
-        blocks: likewise; a plan brings its own.
-        projection: likewise.
-        device: where to train; ``None``: where the model is; ``"emulated:40MiB"``: on the CPU, which runs out of
-            memory as a card of that size would.
-        optimizer: ``callable(params) -> Optimizer``, an Optimizer over this model's parameters, or ``None``
-            for ``AdamW(lr=1e-3)``.
-        scheduler: ``callable(optimizer) -> scheduler``, or one made from ``optimizer``: any of
-            ``torch.optim.lr_scheduler``, or :class:`horizonplan.DecayOnGrowth`, the paper's rule.
-        scheduler_every: ``"epoch"`` or ``"step"``: how often it is stepped.
-        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"``: autocast around forwards, and for fp16 a scaled loss.
-        accumulate: batches whose gradients make one step (weighted by their samples).
-        max_grad_norm: what the gradient's norm is clipped to.
-        fused: update each parameter as soon as its gradient is complete, and free the gradient: the same weights
-            bit for bit, in less memory. A step that turns out not to be finite has then changed weights already.
-        compile: compile each block: ``True``, or the name of a backend of ``torch.compile``.
-        val_data: as ``data``, evaluated in eval mode after each epoch.
-        metrics: for the validation, see :func:`horizonplan.training.evaluate`.
-        callbacks: objects with methods of :class:`horizonplan.Callback`, such as
-            :class:`horizonplan.EarlyStopping`.
-        watch_every: steps between measurements of a step's peak on CPU (on CUDA it is always known); 0: the first
-            two steps only. A peak beyond the plan's by more than 5 % is logged and warned of.
-        cosine_every: steps between measurements of the gradient's cosine, at the price of a step of
-            back-propagation each; 0: none. One below the plan's is logged and warned of.
-        progress: ``None``: shown on a terminal; ``True``: always; ``False``: never; or
-            ``callable(message, done, total)``, called after each epoch.
-        run_dir: a folder for ``log.jsonl``, ``plan.json``, ``checkpoints/`` and the final weights
-            ``model.safetensors``.
-        save_every: steps between checkpoints; ``None``: one after each epoch. The last two are kept.
-        resume: ``True``: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none); or
-            the path of a run's folder or of a checkpoint.
-        nonfinite: what to do when a loss or gradient is NaN or infinite: ``"raise"``; ``"skip"`` the update; or
-            ``"rollback"`` to the last checkpoint's weights, and go on with the next batch.
-        max_nonfinite: how many such steps are borne in a run.
-        oom_retries: how often, when memory runs out, the same step is tried again with recompute or half the horizon,
-            with which training then goes on. Each is warned of and logged.
-        seed: of all generators (torch, NumPy, Python) during the run, and of a Dataset's order; restored afterwards.
-        deterministic: torch's deterministic algorithms during the run.
-
-    In processes started by torchrun, each takes its share of the batches, and gradients are those on the joint batch.
-    """
-
-    model: nn.Module
-    data: Any
-    _: KW_ONLY
-    plan: Plan | None = None
-    algorithm: Algorithm | Mapping[int, Algorithm] | None = None
-    warmup: int = 0
-    epochs: int = 1
-    loss: LossFunction | None = None
-    compute_loss: ComputeLoss | None = None
-    blocks: str | Sequence[str] | None = None
-    projection: Projection | None = None
-    device: str | torch.device | None = None
-    optimizer: Callable[[Any], Optimizer] | Optimizer | None = None
-    scheduler: Any = None
-    scheduler_every: str = "epoch"
-    precision: str = "fp32"
-    accumulate: int = 1
-    max_grad_norm: float | None = None
-    fused: bool = False
-    compile: bool | str = False
-    val_data: Any = None
-    metrics: Mapping[str, Metric] | None = None
-    callbacks: Sequence[Any] = ()
-    watch_every: int = 100
-    cosine_every: int = 0
-    progress: Progress = None
-    run_dir: str | Path | None = None
-    save_every: int | None = None
-    resume: bool | str | Path = False
-    nonfinite: str = "raise"
-    max_nonfinite: int = 10
-    oom_retries: int = 2
-    seed: int = 0
-    deterministic: bool = False
+class Trainer(Options):
+    """Trains a model in place: ``Trainer(model, data, plan=plan).train()``."""
 
     def __post_init__(self) -> None:
-        check(self)
         refuse_wrappers(self.model)
+        check(self)
 
     def train(self) -> Result:
         """Train to the last epoch.
@@ -175,12 +62,15 @@ class Trainer:
         Raises:
             ValueError: bad arguments, options that exclude each other, empty data, a model the plan was not made for.
             torch.OutOfMemoryError: a step does not fit the device, and no thriftier one was found in time.
-            FloatingPointError: a loss or gradient is not finite; the weights are those before that step.
-            CheckpointError: a checkpoint or the log could not be written; earlier ones are intact.
+            MemoryError: memory ran out in an update, which cannot be taken back.
+            FloatingPointError: a loss or gradient is not finite; the weights are those before that step, unless they
+                were updated in it (``fused``, a method that owns its step).
+            CheckpointError: a checkpoint or the log could not be written, and earlier ones are intact; or there are
+                checkpoints to resume from, and none is valid.
             Terminated: (a SystemExit with code 143) SIGTERM came; the run is saved in ``run_dir``.
         """
         card = parse_device(self.device)
-        place = _place(self.model, "cpu" if card is not None else self.device)
+        place = _place(self.model, "cpu" if card is not None else own_device(self.device, self.model))
         with ExitStack() as stack:
             budget = None if card is None else Budget(card.memory_bytes)
             group = stack.enter_context(team(place))
@@ -188,66 +78,73 @@ class Trainer:
             stack.enter_context(seeded_all(self.seed + group.rank, rng_devices(self.model)))
             stack.enter_context(deterministic(self.deterministic))
             stack.enter_context(training_mode(self.model))
+            for callback in self.callbacks:
+                stack.callback(getattr(callback, "close", lambda: None))
             if budget is not None:
                 stack.enter_context(budget)
             return self._train(place, group, asked, budget, stack)
 
     def _train(self, place: torch.device, group: Team, asked: Asked, budget: Budget | None, stack: ExitStack) -> Result:
+        devices = rng_devices(self.model)
         loader = as_loader(self.data, shuffle=True, seed=self.seed)
-        first = move(taken(loader, 1)[0], place)
+        stream = Stream(loader, devices, group.rank, group.world, self.seed)
+        first = move(stream.sample(), place)
         val_data = None if self.val_data is None else as_loader(self.val_data, batch_size=batch_size(first) or 32)
         if budget is not None:
             budget.hold(list(self.model.parameters()), list(self.model.buffers()), batch=first)
-        found = self._checkpoint()
-        run = self._run(loader, first, place, group)
+        if self.metrics is not None:
+            check_metrics(self.metrics, group.world)
+        folder = None if self.run_dir is None else Path(self.run_dir).absolute()
+        found = self._checkpoint(folder, group)
+        run = self._run(stream, first, place, group, folder)
+        compute = resolve_loss(self.loss, self.compute_loss)
+        if val_data is not None:
+            run.metrics = rehearsed(run.model, val_data, compute, place, self.metrics)
         stack.callback(lambda: run.log.close())
-        self._begin(run, found, group)
+        self._begin(run, found)
+        if budget is not None:
+            held = list(self.model.parameters()), list(self.model.buffers()), dict(run.optimizer.state)
+            budget.hold(*held, batch=first)
         stack.enter_context(_compiled(run.chain, self.compile))
-        stack.enter_context(group.hooked([p for g in run.optimizer.param_groups for p in g["params"]]))
+        names = [*self.model.named_parameters(), *run.extra.named_parameters()]
+        stack.enter_context(group.hooked(run.optimizer, names))
         report = Reporter(self.progress, self.epochs, active=group.rank == 0)
-        loop = Loop(
-            run,
-            resolve_loss(self.loss, self.compute_loss),
-            self.epochs,
-            val_data,
-            self.metrics,
-            self.save_every,
-            self.scheduler_every,
-            self.nonfinite,
-            self.max_nonfinite,
-            self.oom_retries,
-            Undo(self.model, rng_devices(self.model)),
-            asked,
-            report,
-        )
+        loop = Loop(run, self, compute, val_data, Attempts(run, self, Undo(self.model, devices)), asked, report)
         done = False
         try:
             loop.train()
             done = True
         finally:
             report.close(done)
-        if run.run_dir is not None and group.rank == 0:
+        if folder is not None and group.rank == 0:
             _save_weights(run)
-        return _result(run, loop)
+        group.barrier()
+        if loop.to_end():
+            raise Terminated("SIGTERM came when all steps were made; the weights are saved.")
+        return result_of(loop)
 
-    def _checkpoint(self) -> Checkpoint | None:
-        """What to go on from."""
-        own = None if self.run_dir is None else Path(self.run_dir)
-        if not self.resume:
-            if own is not None and (there := state.find(own)) is not None:
-                raise ValueError(
-                    f"run_dir={str(own)!r}: there is a run of {there.step} steps in it; go on with it by resume=True, "
-                    "or give another folder."
-                )
+    def _checkpoint(self, folder: Path | None, group: Team) -> Checkpoint | None:
+        """What to go on from; a run that is in the folder already is not overwritten.
+
+        Raises:
+            ValueError: there is another run in the folder, or nothing where ``resume`` points.
+            CheckpointError: there are checkpoints to resume from, and none is valid.
+        """
+        where = folder if self.resume is True else None if not self.resume else Path(self.resume).absolute()
+        elsewhere = where is None or folder not in (where, where.parent.parent)
+        if folder is not None and elsewhere and any(group.gather(state.occupied(folder))):
+            raise ValueError(
+                f"run_dir={str(self.run_dir)!r}: there is a run in it already; go on with it by resume=True "
+                "(--resume), or give another folder."
+            )
+        if where is None:
             return None
-        where = own if self.resume is True else Path(self.resume)
-        assert where is not None
-        found = state.find(where)
+        found = state.find(where, group)
         if found is None and self.resume is not True:
-            raise ValueError(f"resume={str(self.resume)!r}: there is no valid checkpoint in that folder.")
+            raise ValueError(f"resume={str(self.resume)!r}: there is no checkpoint in that folder.")
         return found
 
-    def _run(self, loader: Any, first: Any, place: torch.device, group: Team) -> Run:
+    def _run(self, stream: Stream, first: Any, place: torch.device, group: Team, folder: Path | None) -> Run:
         chain, methods = self._methods(first)
         extra = nn.ModuleList([m for method in methods.values() if (m := method.prepare(chain, first)) is not None])
         optimizer = _optimizer(self.optimizer, [*self.model.parameters(), *extra.parameters()])
@@ -256,9 +153,9 @@ class Trainer:
         if self.cosine_every:
             for method in methods.values():
                 scheduled(method, chain.depth)
+        cosine_every = self.cosine_every if group.rank == 0 else 0  # its log has one
         group.waits = self.fused
         group.alike([*self.model.parameters(), *self.model.buffers(), *extra.parameters(), *extra.buffers()])
-        folder = None if self.run_dir is None else Path(self.run_dir)
         if folder is not None and group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
         stepper = Stepper(
@@ -272,18 +169,20 @@ class Trainer:
             self.fused,
             self.accumulate,
         )
-        return Run(
+        run = Run(
             stepper,
             methods,
             extra,
             self._scheduler(optimizer),
-            Stream(loader, rng_devices(self.model), group.rank, group.world, self.seed),
-            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, self.cosine_every),
+            stream,
+            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, cosine_every),
             Log(),
             list(self.callbacks),
             folder,
             self.plan,
         )
+        run.settings = state.settings(run) | {"scheduler_every": self.scheduler_every}
+        return run
 
     def _methods(self, first: Any) -> tuple[Chain, dict[int, Algorithm]]:
         """The chain, and first epoch -> method."""
@@ -311,25 +210,29 @@ class Trainer:
         check_scheduler(scheduler, optimizer, self.scheduler_every)
         return scheduler
 
-    def _begin(self, run: Run, found: Checkpoint | None, group: Team) -> None:
+    def _begin(self, run: Run, found: Checkpoint | None) -> None:
         """Restore what there is to restore, and open the log."""
         if found is not None:
             events = state.log_of(found)
             state.restore(run, found)
             state.history(run, events)
-        if run.run_dir is None or group.rank > 0:
+            if run.epoch >= self.epochs:
+                raise ValueError(f"epochs={self.epochs}: the run is in epoch {run.epoch} already; give more than that.")
+        source = None if found is None else found.path.parent.parent
+        here = source is not None and run.run_dir is not None and source.resolve() == run.run_dir.resolve()
+        run.saved = found.path if found is not None and here else None
+        if run.run_dir is None or run.rank > 0:
             return
-        kept = 0
-        if found is not None:
-            kept = found.meta["log_bytes"]
-            source = found.path.parent.parent
-            if source.resolve() != run.run_dir.resolve():
-                write(run.run_dir / "log.jsonl", (source / "log.jsonl").read_bytes()[:kept])
+        kept = 0 if found is None else found.meta["log_bytes"]
+        aside = set_aside(found.path.parent, found.step) if found is not None and here else []
+        if source is not None and not here:
+            write(run.run_dir / "log.jsonl", (source / "log.jsonl").read_bytes()[:kept])
         run.log = Log(run.run_dir, kept)
         run.watch.tell = run.log.event
         if self.plan is not None:
             self.plan.save(run.run_dir / "plan.json")
-        run.log.event("resume" if found else "begin", step=run.step, settings=state.settings(run))
+        names = [path.name for path in aside]
+        run.log.event("resume" if found else "begin", step=run.step, settings=run.settings, abandoned=names)
 
 
 def _runs(trainer: Callable[P, Trainer]) -> Callable[P, Result]:
@@ -341,22 +244,11 @@ def _runs(trainer: Callable[P, Trainer]) -> Callable[P, Result]:
 
 
 train = _runs(Trainer)
-train.__doc__ = """Train a model in place: ``Trainer(model, data, **options).train()``; see :class:`Trainer`."""
-
-
-def _result(run: Run, loop: Loop) -> Result:
-    last = run.history[-1]["epoch"] if run.history else 0
-    warm = run.seconds[FIRST_STEPS:] or run.seconds
-    return Result(
-        history=tuple(run.history),
-        final_loss=mean([entry["loss"] for entry in run.history if entry["epoch"] == last]),
-        val_metrics={k: v for k, v in run.validations[-1].items() if k != "epoch"} if run.validations else {},
-        validations=tuple(run.validations),
-        peak_bytes=run.peak_bytes,
-        step_seconds=statistics.median(warm) if warm else 0.0,
-        seconds=loop.spent,
-        stopped=run.stop_reason,
-    )
+_ARGUMENTS = (Options.__doc__ or "").partition("\n\n")[2]
+Trainer.__doc__ = f"{Trainer.__doc__}\n\n{_ARGUMENTS}"
+train.__doc__ = (
+    f"""Train a model in place: ``Trainer(model, data, ...).train()``; for errors see there.\n\n{_ARGUMENTS}"""
+)
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -371,12 +263,13 @@ def _optimizer(optimizer: Callable[[Any], Optimizer] | Optimizer | None, paramet
         raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
     if isinstance(optimizer, Optimizer):
         check_optimizer(optimizer, trainable, optimizer)
-        return optimizer
-    return optimizer_for(trainable, optimizer)
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer_for(trainable, optimizer)
+    check_steps(made)
+    return made
 
 
 @contextmanager
-def _compiled(chain: Chain, compile: bool | str) -> Iterator[None]:
+def _compiled(chain: Chain, compile: bool | str | Callable[..., Any]) -> Iterator[None]:
     """Blocks compiled; afterwards they are as they were."""
     if not compile:
         yield
@@ -384,11 +277,11 @@ def _compiled(chain: Chain, compile: bool | str) -> Iterator[None]:
     before = [vars(block).get(ENTRY) for block in chain.blocks]
     try:
         for block in chain.blocks:
-            block.compile(**({"backend": compile} if isinstance(compile, str) else {}))
+            block.compile(**({} if compile is True else {"backend": compile}))
         yield
     finally:
         for block, entry in zip(chain.blocks, before, strict=True):
-            vars(block).pop(ENTRY)
+            vars(block).pop(ENTRY, None)
             if entry is not None:
                 vars(block)[ENTRY] = entry
 
@@ -399,4 +292,4 @@ def _save_weights(run: Run) -> None:
     own = {name: p for name, p in run.model.state_dict(keep_vars=True).items() if isinstance(p, torch.Tensor)}
     first = {id(p): name for name, p in reversed(own.items())}
     tensors = {name: own[name] for name in first.values()}
-    write(run.run_dir / "model.safetensors", lambda file: write_tensors(file, tensors))
+    write(run.run_dir / state.WEIGHTS, lambda file: write_tensors(file, tensors))

@@ -12,6 +12,7 @@ import torch
 
 from horizonplan.algorithms import Algorithm, Windows
 from horizonplan.chain import Chain
+from horizonplan.chain.calls import ENTRY
 from horizonplan.plan import Plan
 from horizonplan.probes.cosine import Cosines
 from horizonplan.probes.memory import attempt
@@ -41,7 +42,7 @@ class Watch:
         memory_every: steps between two measurements of the peak on CPU; 0: only the first two steps.
         cosine_every: steps between two measurements of the cosine; 0: never.
         peak_bytes: the largest peak so far. On CPU that of tracked steps, the first one left out if there are more
-            (it makes the optimiser's state); on CUDA the allocator's.
+            (it makes the optimiser's state), and 0 with compiled blocks; on CUDA the allocator's.
     """
 
     chain: Chain
@@ -61,20 +62,21 @@ class Watch:
         self, step: int, call: Callable[[], Value], clear: Callable[[], None], optimizer: Any, batch: Any
     ) -> Value:
         """Make a step; on CPU some are tracked. ``step`` counts from the run's start, resumed or not."""
-        due = self.steps < FIRST_STEPS or (self.memory_every and step % self.memory_every == 0)
+        due = self.steps < FIRST_STEPS or (self.memory_every > 0 and step % self.memory_every == 0)
         self.steps += 1
         if self.chain.device.type == "cuda":
             found = call()
             if due:
                 self._peak(torch.cuda.max_memory_allocated(self.chain.device), step)
             return found
-        if not due:
+        compiled = any(vars(block).get(ENTRY) is not None for block in self.chain.blocks)
+        if compiled or not due:  # the compiler gives up for good on code that it first meets under a tracker
             return call()
         clear()
         base = standing_bytes(self.chain, optimizer, batch)
         with LiveBytes() as tracker:
             found = call()
-        if self.steps == FIRST_STEPS:
+        if step == 1:
             self.peak_bytes = 0
         self._peak(base + tracker.peak, step)
         return found
@@ -86,11 +88,15 @@ class Watch:
         schedule = scheduled(algorithm, self.chain.depth)
         assert schedule.pair is not None
         h, s = schedule.pair
-        with context:
-            found, message = attempt(
-                lambda: Cosines(self.chain, [batch], lambda _: schedule.recompute).measure([(h, s)])[0].value,
-                self.chain.device,
-            )
+
+        def measure() -> float:
+            return Cosines(self.chain, [batch], lambda _: schedule.recompute).measure([(h, s)])[0].value
+
+        try:
+            with context:
+                found, message = attempt(measure, self.chain.device)
+        except ValueError as error:  # a loss that is not finite, which the step itself will meet
+            found, message = None, str(error)
         if found is None:
             self.tell("cosine", step=step, cosine=None, why=message)
             return
@@ -103,7 +109,7 @@ class Watch:
         self.peak_bytes = max(self.peak_bytes, peak)
         planned = None if self.plan is None else self.plan.row.memory_bytes
         self.tell("memory", step=step, peak_bytes=peak, planned_bytes=planned)
-        if planned is not None and self.steps > 1 and peak > planned * (1 + MEMORY_TOLERANCE):
+        if planned is not None and step > 0 and peak > planned * (1 + MEMORY_TOLERANCE):
             words = f"a step needs {format_bytes(peak)}, the plan has {format_bytes(planned)}"
             self._warn("memory", step, words)
 
