@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from horizonplan.api.hugging_face import Classes, Depth, Features, Heads, HuggingFace, Length, Vocabulary, Width
 from horizonplan.api.job_settings import JobSettings
-from horizonplan.api.schemas import Accuracy, CostIn, Finite, Memory, ObjectiveIn, Strict, Whole
+from horizonplan.api.schemas import WHOLE, Accuracy, CostIn, Finite, Memory, ObjectiveIn, Strict
 from horizonplan.measured import MeasurementError
 from horizonplan.models import CharacterGPT, ResidualCNN, ResidualMLP, SequenceClassifier
 
@@ -53,12 +53,12 @@ class ResidualCnn(Strict):
     """A residual network of 3 x 3 convolutions: square images into classes."""
 
     kind: Literal["residual-cnn"]
-    in_channels: Annotated[Whole, Field(ge=1, le=64)] = 1
-    image_size: Annotated[Whole, Field(ge=4, le=1024)] = 28
-    channels: Annotated[list[Annotated[Whole, Field(ge=1, le=4096)]], Field(min_length=1, max_length=6)] = Field(
+    in_channels: Annotated[int, Field(ge=1, le=64), WHOLE] = 1
+    image_size: Annotated[int, Field(ge=4, le=1024), WHOLE] = 28
+    channels: Annotated[list[Annotated[int, Field(ge=1, le=4096), WHOLE]], Field(min_length=1, max_length=6)] = Field(
         default=[16, 32, 64], description="Of each stage, never decreasing."
     )
-    blocks_per_stage: Annotated[Whole, Field(ge=1, le=64)] = 3
+    blocks_per_stage: Annotated[int, Field(ge=1, le=64), WHOLE] = 3
     classes: Classes = 10
 
     def model(self) -> nn.Module:
@@ -158,13 +158,13 @@ class Options(Strict):
 
     horizons: (
         Annotated[
-            list[Annotated[Whole, Field(ge=1, le=1024)]],
+            list[Annotated[int, Field(ge=1, le=1024), WHOLE]],
             Field(min_length=1, max_length=32, json_schema_extra={"uniqueItems": True}),
         ]
         | None
     ) = Field(None, description="Where to measure first; null: four, spread over 1..T.")
-    batches: Annotated[Whole, Field(ge=1, le=32)] = Field(4, description="For the cosines.")
-    rollout_steps: Annotated[Whole, Field(ge=0, le=500)] | None = Field(
+    batches: Annotated[int, Field(ge=1, le=32), WHOLE] = Field(4, description="For the cosines.")
+    rollout_steps: Annotated[int, Field(ge=0, le=500), WHOLE] | None = Field(
         None, description="Of each short run. null: 50 with a registered model's data, none with random data."
     )
     probe_steps: Annotated[Finite, Field(ge=0, le=1000)] = Field(
@@ -176,7 +176,7 @@ class JobRequest(Strict):
     """A network to measure, and an objective to choose by."""
 
     architecture: Architecture
-    batch_size: Annotated[Whole, Field(ge=1, le=65_536)] | None = Field(
+    batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] | None = Field(
         None, description="null: 32, or what a registered model's data have."
     )
     objective: ObjectiveIn = Field(default=Accuracy(kind="accuracy", epsilon=0.1))
@@ -184,7 +184,7 @@ class JobRequest(Strict):
     device: Annotated[str, Field(pattern=r"^(cpu|simulated:[1-9][0-9]{0,5}(MiB|GiB))$")] = Field(
         "cpu", description="`cpu`; or `simulated:24GiB`, a CUDA card that is not there: memory is predicted."
     )
-    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31), WHOLE] = 0
     options: Options = Field(default=Options())
 
     @property
@@ -234,7 +234,8 @@ def check_parameters(asked: JobRequest, settings: JobSettings) -> None:
         count = sum(parameter.numel() for parameter in asked.architecture.model().parameters())
     most = settings.max_simulated_parameters if asked.simulated else settings.max_parameters
     if count > most:
-        raise MeasurementError("architecture", f"{count} parameters; this service takes at most {most} on {asked.device}")
+        message = f"{count} parameters; this service takes at most {most} on {asked.device}"
+        raise MeasurementError("architecture", message)
 
 
 def random_batches(make: Callable[[int, Generator], Any], size: int, count: int, seed: int) -> list[Any]:

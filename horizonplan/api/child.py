@@ -86,9 +86,9 @@ def confine(folder: str) -> bool:
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
         system.syscall(_ADD_RULE, rules, 1, struct.pack("=Qi", rights, beneath), 0)
         os.close(beneath)
-    done = system.syscall(_RESTRICT_SELF, rules, 0) == 0
+    refused = system.syscall(_RESTRICT_SELF, rules, 0)
     os.close(rules)
-    return done
+    return not refused
 
 
 def _end_with(lifeline: int, folder: str) -> None:

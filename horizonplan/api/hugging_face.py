@@ -9,15 +9,15 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from horizonplan.api.schemas import Finite, Strict, Whole
+from horizonplan.api.schemas import WHOLE, Finite, Strict
 
-Depth = Annotated[Whole, Field(ge=2, le=256)]
-Width = Annotated[Whole, Field(ge=1, le=16_384)]
-Features = Annotated[Whole, Field(ge=1, le=65_536)]
-Heads = Annotated[Whole, Field(ge=1, le=256)]
-Length = Annotated[Whole, Field(ge=1, le=8192)]
-Classes = Annotated[Whole, Field(ge=2, le=65_536)]
-Vocabulary = Annotated[Whole, Field(ge=2, le=262_144)]
+Depth = Annotated[int, Field(ge=2, le=256), WHOLE]
+Width = Annotated[int, Field(ge=1, le=16_384), WHOLE]
+Features = Annotated[int, Field(ge=1, le=65_536), WHOLE]
+Heads = Annotated[int, Field(ge=1, le=256), WHOLE]
+Length = Annotated[int, Field(ge=1, le=8192), WHOLE]
+Classes = Annotated[int, Field(ge=2, le=65_536), WHOLE]
+Vocabulary = Annotated[int, Field(ge=2, le=262_144), WHOLE]
 Dropout = Annotated[Finite, Field(ge=0, lt=1)]
 
 
@@ -70,9 +70,9 @@ class VitNumbers(Strict):
     intermediate_size: Features = 3072
     num_hidden_layers: Depth = 12
     num_attention_heads: Heads = 12
-    image_size: Annotated[Whole, Field(ge=1, le=1024)] = 224
-    patch_size: Annotated[Whole, Field(ge=1, le=1024)] = 16
-    num_channels: Annotated[Whole, Field(ge=1, le=64)] = 3
+    image_size: Annotated[int, Field(ge=1, le=1024), WHOLE] = 224
+    patch_size: Annotated[int, Field(ge=1, le=1024), WHOLE] = 16
+    num_channels: Annotated[int, Field(ge=1, le=64), WHOLE] = 3
     hidden_dropout_prob: Dropout = 0.0
     attention_probs_dropout_prob: Dropout = 0.0
     num_labels: Classes = 1000

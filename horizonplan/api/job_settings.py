@@ -30,7 +30,7 @@ class JobSettings(BaseModel):
         requeues: how often a job whose worker was lost is queued again.
         max_queued: the most jobs that wait.
         seconds: wall-clock limit of a job, imports included.
-        memory_bytes: what a job's process may allocate.
+        memory_bytes: what a job's process may allocate; torch alone takes 300 MB.
         file_bytes: the largest file that it may write.
         threads: of a job's process; its CPU time is limited to as many times ``seconds``.
         max_parameters: of a model that is measured.
@@ -47,7 +47,7 @@ class JobSettings(BaseModel):
     requeues: int = Field(2, ge=0, le=100)
     max_queued: int = Field(100, ge=1)
     seconds: float = Field(600.0, gt=0, le=7 * 86_400)
-    memory_bytes: int = Field(4 * 1024**3, ge=64 * 1024**2)
+    memory_bytes: int = Field(4 * 1024**3, ge=512 * 1024**2)
     file_bytes: int = Field(64 * 1024**2, ge=1024**2)
     threads: int = Field(1, ge=1, le=1024)
     max_parameters: int = Field(50_000_000, ge=1)

@@ -19,6 +19,7 @@ from horizonplan.curves import PoorFitWarning
 from horizonplan.objective import InfeasibleError
 from horizonplan.planner import plan_horizon
 from horizonplan.probes.child import out_of_memory
+from horizonplan.units import format_bytes
 
 _ROLLOUT_STEPS = 50  # with real data, unless asked otherwise
 
@@ -40,7 +41,7 @@ def measure(letter: dict[str, Any], say: Callable[..., None]) -> None:
         say(plan=_plan(JobRequest.model_validate_json(letter["request"]), settings, report))
     except Exception as error:
         traceback.print_exc()
-        say(error={"kind": _kind(error), "message": _words(error)})
+        say(error={"kind": _kind(error), "message": _words(error, settings)})
 
 
 def _plan(asked: JobRequest, settings: JobSettings, report: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def _plan(asked: JobRequest, settings: JobSettings, report: Callable[[str, int, 
             progress=report,
             probe_steps=asked.options.probe_steps,
         )
-    return replace(plan, notes=plan.notes if registered else (*plan.notes, RANDOM_DATA)).to_dict()
+    told = () if registered or asked.simulated else (RANDOM_DATA,)
+    return replace(plan, notes=(*plan.notes, *told)).to_dict()
 
 
 def _sized(asked: JobRequest, settings: JobSettings) -> tuple[nn.Module, Any]:
@@ -108,6 +110,8 @@ def _kind(error: Exception) -> str:
     return "invalid" if isinstance(error, ValueError | FloatingPointError) else "fault"
 
 
-def _words(error: Exception) -> str:
+def _words(error: Exception, settings: JobSettings) -> str:
+    if out_of_memory(error):
+        return f"a job may allocate {format_bytes(settings.memory_bytes)}, and this one needs more; ask for less"
     message = " ".join(str(error).split())[:2000]
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"

@@ -224,7 +224,8 @@ def leave(connection: Connection, worker: str) -> None:
 
 def last_seen(connection: Connection) -> float | None:
     """When a worker was last seen; ``None``: there is none."""
-    return connection.scalar(select(func.max(workers.c.seen)))
+    last: float | None = connection.scalar(select(func.max(workers.c.seen)))
+    return last
 
 
 def _owned(mine: Claim) -> Any:

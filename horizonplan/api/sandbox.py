@@ -142,7 +142,7 @@ class Sandbox:
 
     def _drain(self) -> tuple[bytes, bool]:
         """What is in the pipe, and whether its other end is closed."""
-        parts = []
+        parts: list[bytes] = []
         while True:
             try:
                 part = os.read(self._answer, 65_536)
