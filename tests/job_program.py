@@ -29,7 +29,7 @@ confined = child.confine(os.environ["TMPDIR"])
 for number in (answer, lifeline):
     os.set_inheritable(number, False)
 Thread(target=child._end_with, args=(lifeline, os.environ["TMPDIR"]), daemon=True).start()
-told = open(answer, "w")
+told = os.fdopen(answer, "w")
 
 
 def say(**record):

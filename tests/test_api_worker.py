@@ -188,7 +188,7 @@ def test_a_lease_is_renewed_while_its_job_runs(tmp_path):
 
 
 def test_a_job_that_was_taken_away_is_let_go(store, settings):
-    """A worker was away for longer than its lease: another one has the job, and this one's result counts for nothing."""
+    """A worker was away for longer than its lease: another one has the job, and this one's result is none."""
     job_id = submit(store, steps=1000, seconds=0.05)
     slow = Worker(store, settings, PROGRAM)
     thread = threading.Thread(target=slow.work, args=(threading.Event(),))

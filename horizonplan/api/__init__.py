@@ -22,8 +22,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application. Its tables are made, or brought to this version, when it starts.
 
     Its state: ``settings``; ``database``; ``metrics``; ``stopping``, an ``asyncio.Event`` that is set when the server
-    is told to stop, and ends open streams; ``watcher``, which wakes these; ``checks``, which /readyz looks at: name -> function that returns a
-    complaint or ``None``.
+    is told to stop, and ends open streams; ``watcher``, which wakes these; ``checks``, which /readyz looks at: name ->
+    function that returns a complaint or ``None``.
 
     Args:
         settings: ``None``: from the environment.
