@@ -99,6 +99,7 @@ def report():
 
 ACTIONS = {
     "plan": lambda: say(plan=request["plan"]),
+    "large plan": lambda: say(plan=request["plan"] | {"notes": ["long" * 100_000]}),
     "error": lambda: say(error=request["error"]),
     "report": report,
     "nothing": lambda: None,

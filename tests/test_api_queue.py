@@ -82,16 +82,14 @@ class Life(RuleBasedStateMachine):
     def claim(self, worker):
         if worker in self.hands:
             return
-        work = any(
-            k.state == "queued" or (k.state == "running" and k.expires < self.clock) for k in self.model.values()
-        )
+        lost = [known for known in self.model.values() if known.state == "running" and known.expires < self.clock]
+        work = bool(lost) or any(known.state == "queued" for known in self.model.values())
         with self.store.read() as connection:
             assert queue.has_work(connection, self.clock) == work
         self.write(queue.rescue, REQUEUES)
-        for known in self.model.values():
-            if known.state == "running" and known.expires < self.clock:
-                known.owner = None
-                known.state = "cancelled" if known.cancel else "failed" if known.attempts > REQUEUES else "queued"
+        for known in lost:
+            known.owner = None
+            known.state = "cancelled" if known.cancel else "failed" if known.attempts > REQUEUES else "queued"
         waiting = [job_id for job_id, known in self.model.items() if known.state == "queued"]
         mine = self.write(queue.claim, f"worker {worker}", LEASE)
         assert (mine and mine.job_id) == (waiting[0] if waiting else None)

@@ -21,6 +21,7 @@ from horizonplan.units import format_bytes
 PROGRAM = Path(child.__file__)
 MOST_ANSWER_BYTES = 32 * 1024**2
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
+_END_SECONDS = 5.0  # from the end of its answer to its own
 _OUTPUT_BYTES = 4096  # the end of what it printed, for the log
 
 
@@ -107,7 +108,10 @@ class Sandbox:
 
     def why(self) -> Failure:
         """Why a process that said nothing of how it ended did."""
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Failure("fault", "the job's process closed its answer without a result, and went on")
         if code >= 0:
             return Failure("fault", f"the job's process ended with code {code} and no result")
         limits = self._settings

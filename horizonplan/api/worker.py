@@ -88,33 +88,40 @@ class Worker:
 
     def _run(self, mine: Claim, stop: threading.Event, told: list[dict[str, Any]]) -> Outcome:
         """What comes of a job. Progress that could not be stored yet is left in ``told``."""
+        try:
+            with Sandbox(mine.request, self.settings, self.program) as sandbox:
+                outcome = self._follow(sandbox, mine, stop, told)
+                logger.debug("job %s printed: %s", mine.job_id, sandbox.output)
+                return outcome
+        except (OSError, LookupError) as error:
+            return Failure("fault", f"the job's process could not be started ({type(error).__name__}: {error})")
+
+    def _follow(self, sandbox: Sandbox, mine: Claim, stop: threading.Event, told: list[dict[str, Any]]) -> Outcome:
         look_at = 0.0
-        outcome: Outcome | None = None
-        with Sandbox(mine.request, self.settings, self.program) as sandbox:
-            while True:
-                try:
-                    records, over = sandbox.read(_TICK_SECONDS)
-                    for record in records:
-                        if "progress" in record:
-                            told.append(record["progress"])
-                        else:
-                            outcome = _outcome(record)
-                except (ValueError, KeyError, TypeError) as error:
-                    return Failure("fault", f"the job's process answered with something that is no result ({error})")
-                if told and self._try(lambda: self._tell(mine, told)):
-                    told.clear()
-                if over:
-                    logger.debug("job %s printed: %s", mine.job_id, sandbox.output)
-                    return sandbox.why() if outcome is None else outcome
-                if stop.is_set():
-                    return "stop"
-                if sandbox.late:
-                    limit = format_seconds(self.settings.seconds)
-                    return Failure("timeout", f"the job took longer than {limit}; ask for something smaller")
-                if monotonic() >= look_at:
-                    look_at = monotonic() + self.settings.poll_seconds
-                    if (found := self._look(mine)) is not None:
-                        return found
+        outcome: Plan | Failure | None = None
+        while True:
+            try:
+                records, over = sandbox.read(_TICK_SECONDS)
+                for record in records:
+                    if "progress" in record:
+                        told.append(record["progress"])
+                    else:
+                        outcome = _outcome(record)
+            except (ValueError, KeyError, TypeError) as error:
+                return Failure("fault", f"the job's process answered with something that is no result ({error})")
+            if told:
+                self._try(lambda: self._tell(mine, told))
+            if over:
+                return sandbox.why() if outcome is None else outcome
+            if stop.is_set():
+                return "stop"
+            if sandbox.late:
+                limit = format_seconds(self.settings.seconds)
+                return Failure("timeout", f"the job took longer than {limit}; ask for something smaller")
+            if monotonic() >= look_at:
+                look_at = monotonic() + self.settings.poll_seconds
+                if (found := self._look(mine)) is not None:
+                    return found
 
     def _look(self, mine: Claim) -> Literal["cancel", "lost"] | None:
         """Keep the lease, and see whether the job is to be ended."""
@@ -181,14 +188,12 @@ class Worker:
         with self.database.write() as connection:
             function(connection, *args)
 
-    def _try(self, function: Callable[[], Any]) -> bool:
-        """Do something with the database that can wait; whether it went."""
+    def _try(self, function: Callable[[], Any]) -> None:
+        """Do something with the database, if that goes now; it is tried again anyway."""
         try:
             function()
         except _AWAY as error:
             logger.warning("worker %s: the database is busy or away: %s", self.name, error)
-            return False
-        return True
 
 
 def check(database: Database, settings: Settings) -> str | None:
