@@ -19,7 +19,7 @@ from horizonplan.api.schemas import WHOLE, Accuracy, CostIn, Finite, Memory, Obj
 from horizonplan.measured import MeasurementError
 from horizonplan.models import CharacterGPT, ResidualCNN, ResidualMLP, SequenceClassifier
 
-MOST_NUMBERS = 2**26  # of all inputs of a batch
+MOST_NUMBERS = 2**28  # of the largest tensor that a batch brings with it, as far as sizes tell
 RANDOM_DATA = "The data were random numbers of the shapes asked for: cosines and rates are not those of real data."
 
 
@@ -147,7 +147,6 @@ class RegisteredModel(Strict):
     id: Annotated[str, Field(min_length=1, max_length=100)]
 
 
-Sized = ResidualMlp | ResidualCnn | Transformer | CharacterGpt | HuggingFace
 Architecture = Annotated[
     ResidualMlp | ResidualCnn | Transformer | CharacterGpt | HuggingFace | RegisteredModel, Field(discriminator="kind")
 ]
@@ -216,7 +215,7 @@ def check(asked: JobRequest, settings: JobSettings) -> None:
     if samples * architecture.sample_numbers() > MOST_NUMBERS:
         message = f"{samples} samples of {architecture.sample_numbers()} numbers are more than {MOST_NUMBERS} a batch"
         raise MeasurementError("batch_size", f"{message}; ask for fewer, or for smaller ones")
-    if architecture.kind == "hugging-face":
+    if isinstance(architecture, HuggingFace):
         if importlib.util.find_spec("transformers") is None:
             raise MeasurementError("architecture.kind", "Hugging Face's models are not installed here")
     else:

@@ -81,14 +81,13 @@ class VitNumbers(Strict):
 class Gpt2(Strict):
     """A GPT-2 that predicts each next token."""
 
-    kind: Literal["hugging-face"]
-    config: Literal["GPT2Config"]
+    kind: Literal["GPT2Config"]
     numbers: Gpt2Numbers = Field(default=Gpt2Numbers())
     length: Length = Field(128, description="Tokens of a sample.")
 
     def model(self) -> nn.Module:
         """The network."""
-        return _made("AutoModelForCausalLM", self.config, self.numbers, bos_token_id=0, eos_token_id=0)
+        return _made("AutoModelForCausalLM", self.kind, self.numbers, bos_token_id=0, eos_token_id=0)
 
     def batch(self, size: int, generator: Generator) -> Any:
         """Random tokens, which are their own labels."""
@@ -108,14 +107,13 @@ class Gpt2(Strict):
 class Llama(Strict):
     """A Llama or Qwen2 that predicts each next token."""
 
-    kind: Literal["hugging-face"]
-    config: Literal["LlamaConfig", "Qwen2Config"]
+    kind: Literal["LlamaConfig", "Qwen2Config"]
     numbers: LlamaNumbers = Field(default=LlamaNumbers())
     length: Length = Field(128, description="Tokens of a sample.")
 
     def model(self) -> nn.Module:
         """The network."""
-        return _made("AutoModelForCausalLM", self.config, self.numbers, bos_token_id=0, eos_token_id=0)
+        return _made("AutoModelForCausalLM", self.kind, self.numbers, bos_token_id=0, eos_token_id=0)
 
     def batch(self, size: int, generator: Generator) -> Any:
         """Random tokens, which are their own labels."""
@@ -143,14 +141,13 @@ class Llama(Strict):
 class Bert(Strict):
     """A BERT that puts token sequences into classes."""
 
-    kind: Literal["hugging-face"]
-    config: Literal["BertConfig"]
+    kind: Literal["BertConfig"]
     numbers: BertNumbers = Field(default=BertNumbers())
     length: Length = Field(128, description="Tokens of a sample.")
 
     def model(self) -> nn.Module:
         """The network."""
-        return _made("AutoModelForSequenceClassification", self.config, self.numbers)
+        return _made("AutoModelForSequenceClassification", self.kind, self.numbers)
 
     def batch(self, size: int, generator: Generator) -> Any:
         """Random tokens and classes."""
@@ -172,13 +169,12 @@ class Bert(Strict):
 class Vit(Strict):
     """A ViT that puts images into classes."""
 
-    kind: Literal["hugging-face"]
-    config: Literal["ViTConfig"]
+    kind: Literal["ViTConfig"]
     numbers: VitNumbers = Field(default=VitNumbers())
 
     def model(self) -> nn.Module:
         """The network."""
-        return _made("AutoModelForImageClassification", self.config, self.numbers)
+        return _made("AutoModelForImageClassification", self.kind, self.numbers)
 
     def batch(self, size: int, generator: Generator) -> Any:
         """Random images and classes."""
@@ -200,7 +196,7 @@ class Vit(Strict):
         return _heads("num_attention_heads", numbers.num_attention_heads, "hidden_size", numbers.hidden_size)
 
 
-HuggingFace = Annotated[Gpt2 | Llama | Bert | Vit, Field(discriminator="config")]
+HuggingFace = Gpt2 | Llama | Bert | Vit
 
 
 def _made(auto: str, config: str, numbers: Strict, **more: int) -> nn.Module:
