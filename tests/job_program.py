@@ -25,10 +25,10 @@ answer, lifeline = map(int, sys.argv[1:])
 letter = json.load(sys.stdin)
 request = json.loads(letter["request"])
 child.limit(letter["limits"])
-confined = child.confine(os.environ["TMPDIR"])
 for number in (answer, lifeline):
     os.set_inheritable(number, False)
 Thread(target=child._end_with, args=(lifeline, os.environ["TMPDIR"]), daemon=True).start()
+confined = child.confine(os.environ["TMPDIR"])
 told = os.fdopen(answer, "w")
 
 

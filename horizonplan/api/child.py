@@ -39,8 +39,9 @@ def main(answer: int, lifeline: int) -> None:
         os.set_inheritable(number, False)
     letter = json.load(sys.stdin)
     limit(letter["limits"])
-    confine(folder)
+    # before Landlock, which holds for a thread and those that it starts: this one removes the folder itself
     Thread(target=_end_with, args=(lifeline, folder), daemon=True).start()
+    confine(folder)
     with open(answer, "w", encoding="ascii") as answered:
 
         def say(**record: Any) -> None:
@@ -70,7 +71,11 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def confine(folder: str) -> bool:
-    """Give up new privileges, writing outside of ``folder``, and TCP; whether the system has what that takes."""
+    """Give up new privileges, writing outside of ``folder``, and TCP, in this thread and those that it will start.
+
+    Returns:
+        Whether the system has what that takes.
+    """
     system = ctypes.CDLL(None, use_errno=True)
     if not sys.platform.startswith("linux") or system.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return False
