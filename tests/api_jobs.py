@@ -28,7 +28,7 @@ def settings_for(folder, **jobs):
     return Settings(
         database_url=f"sqlite:///{folder}/jobs.sqlite3",
         busy_seconds=jobs.pop("busy_seconds", 0.3),
-        jobs={"poll_seconds": 0.05, "lease_seconds": 5.0, "memory_bytes": 2**30, **jobs},
+        jobs={"poll_seconds": 0.05, "lease_seconds": 5.0, "memory_bytes": 2**29, **jobs},
     )
 
 

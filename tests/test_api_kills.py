@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from api_jobs import TINY, check_ends, job, opened, settings_for, submit, told, wait_for
+from api_jobs import TINY, check_ends, job, opened, settings_for, submit, told, wait_for, working
 from sqlalchemy import select
 
 from horizonplan.api import database, queue
@@ -47,23 +47,23 @@ def process(*command, **environment):
 
 
 def test_a_killed_worker_leaves_nothing_and_its_job_is_run_again(tmp_path):
-    settings = settings_for(tmp_path, lease_seconds=1.0)
-    work = (str(HERE / "worker_process.py"), settings.model_dump_json())
+    settings = settings_for(tmp_path, lease_seconds=0.5)
+    command = (str(HERE / "worker_process.py"), settings.model_dump_json())
     with opened(settings) as store:
         job_id = submit(store, steps=20, seconds=0.05)
-        with process(*work, TMPDIR=str(tmp_path)) as first, process(*work, TMPDIR=str(tmp_path)) as second:
+        with process(*command, TMPDIR=str(tmp_path)) as worker:
             wait_for(lambda: any(kind == "progress" for kind, _ in told(store, job_id)))
-            runs = {worker.pid: children(worker.pid) for worker in (first, second)}
-            owner = next(worker for worker in (first, second) if runs[worker.pid])
-            [child] = runs[owner.pid]
-            owner.kill()
-            owner.wait()
-            wait_for(lambda: not Path(f"/proc/{child}").exists())
+            [child] = children(worker.pid)
+            assert len(list(tmp_path.glob("horizonplan-job-*"))) == 1
+            worker.kill()
+            worker.wait()
+        wait_for(lambda: not Path(f"/proc/{child}").exists())
+        assert not list(tmp_path.glob("horizonplan-job-*"))
+        with working(store, settings):
             wait_for(lambda: job(store, job_id).state in queue.FINAL)
         row = check_ends(store, [job_id])[job_id]
         assert (row.state, row.attempts) == ("succeeded", 2)
         assert ("requeued", {"reason": "its worker was lost"}) in told(store, job_id)
-    assert not list(tmp_path.glob("horizonplan-job-*"))
 
 
 class Service:

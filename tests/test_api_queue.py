@@ -1,6 +1,7 @@
 """The life of jobs: a state machine of several workers, crashes and a clock, held against a model in plain Python."""
 
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copy
@@ -11,6 +12,7 @@ from api_jobs import PLAN
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from postgresql import postgresql
 from sqlalchemy import func, select
 
 from horizonplan.api import database, queue
@@ -57,8 +59,11 @@ class Life(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.folder = TemporaryDirectory()
-        self.store = Database(f"sqlite:///{copy(self.empty, self.folder.name)}")
+        self.store = self.opened()
         self.clock, self.model, self.hands = 1000.0, {}, {}
+
+    def opened(self):
+        return Database(f"sqlite:///{copy(self.empty, self.folder.name)}")
 
     def write(self, function, *args):
         with self.store.write() as connection:
@@ -215,14 +220,39 @@ def test_every_job_ends_once_in_many_lives(empty):
     live(empty, 300, 60)
 
 
+@pytest.mark.slow
+def test_every_job_ends_once_in_postgresql():
+    with postgresql() as url, closing(Database(url)) as store:
+        store.upgrade()
+
+        class Emptied(Life):
+            def opened(self):
+                with store.write() as connection:
+                    connection.exec_driver_sql("TRUNCATE plans, jobs, job_events, workers")
+                return Database(url)
+
+        run_state_machine_as_test(Emptied, settings=hypothesis_settings(max_examples=30, stateful_step_count=40))
+
+
 def test_no_job_is_taken_twice_by_workers_at_once(store):
     """Six threads with connections of their own claim thirty jobs as fast as they can."""
+    claim_at_once(store)
+
+
+@pytest.mark.slow
+def test_no_job_is_taken_twice_by_workers_at_once_in_postgresql():
+    with postgresql() as url, closing(Database(url)) as store:
+        store.upgrade()
+        claim_at_once(store)
+
+
+def claim_at_once(store):
     with store.write() as connection:
         submitted = [queue.submit(connection, "{}", 100, 1.0) for _ in range(30)]
     taken, errors = [], []
 
     def work(name):
-        own = Database(str(store.url), busy_seconds=30)
+        own = Database(store.url.render_as_string(hide_password=False), busy_seconds=30)
         try:
             while True:
                 with own.write() as connection:
