@@ -34,6 +34,15 @@ from horizonplan.api import architectures, queue, worker
 from horizonplan.api.architectures import JobRequest
 from horizonplan.api.worker import Worker
 
+DECODER = {
+    "num_hidden_layers": 3,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+ENCODER = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
 LINUX = sys.platform == "linux"
 
 
@@ -298,6 +307,62 @@ def test_a_disk_without_any_room_is_waited_for(store, settings):
             wait_for(lambda: job(store, job_id).state in queue.FINAL)
     check_ends(store, [job_id])
     assert error_of(store, job_id)["kind"] == "disk-full"
+
+
+@pytest.mark.slow
+def test_a_real_job_that_needs_too_much(store, settings):
+    request = {"architecture": {"kind": "residual-cnn", "channels": [256], "image_size": 256}, "batch_size": 16}
+    with store.write() as connection:
+        job_id = queue.submit(connection, json.dumps(request), 1, time.time())
+    work(store, settings, worker.PROGRAM)
+    assert error_of(store, job_id)["kind"] == "out-of-memory"
+    assert "512.0 MiB" in error_of(store, job_id)["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"kind": "GPT2Config", "numbers": {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 50}, "length": 8},
+        {"kind": "LlamaConfig", "numbers": DECODER, "length": 8},
+        {"kind": "Qwen2Config", "numbers": DECODER, "length": 8},
+        {"kind": "BertConfig", "numbers": ENCODER | {"vocab_size": 50}, "length": 8},
+        {"kind": "ViTConfig", "numbers": ENCODER | {"image_size": 8, "patch_size": 4}},
+        {"kind": "residual-cnn", "channels": [2, 4], "blocks_per_stage": 2, "image_size": 8},
+        {"kind": "transformer", "depth": 3, "width": 8},
+        {"kind": "character-gpt", "depth": 3, "width": 8, "context": 8},
+        {"kind": "registered", "id": "ours"},
+    ],
+    ids=lambda architecture: architecture["kind"],
+)
+@pytest.mark.parametrize("device", ["cpu", "simulated:1GiB"])
+def test_every_kind_of_job(tmp_path, monkeypatch, architecture, device):
+    (tmp_path / "ours.py").write_text(
+        "import torch\nfrom horizonplan.models import ResidualMLP\n"
+        "def model():\n    return ResidualMLP(4, 8, 3, depth=3)\n"
+        "def data():\n    return torch.utils.data.TensorDataset(torch.randn(16, 4), torch.randint(0, 3, (16,))), None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = settings_for(tmp_path, memory_bytes=2**30, models={"ours": {"model": "ours:model", "data": "ours:data"}})
+    request = {
+        "architecture": architecture,
+        "batch_size": 4,
+        "device": device,
+        "objective": {"kind": "memory", "limit_bytes": 2**30},
+        "options": {"batches": 1, "probe_steps": 1},
+    }
+    with opened(settings) as store:
+        asked = JobRequest.model_validate_json(json.dumps(request))
+        architectures.check(asked, settings.jobs)
+        with store.write() as connection:
+            job_id = queue.submit(connection, asked.model_dump_json(), 1, time.time())
+        work(store, settings, worker.PROGRAM)
+        row = check_ends(store, [job_id])[job_id]
+        assert row.state == "succeeded", row.error
+        with store.read() as connection:
+            plan = json.loads(connection.exec_driver_sql("SELECT data FROM plans").scalar())
+    random_data = architecture["kind"] != "registered" and device == "cpu"
+    assert (architectures.RANDOM_DATA in plan["notes"]) == random_data
 
 
 def test_a_real_job(store, settings):

@@ -105,13 +105,18 @@ def _made(spec: str) -> Any:
 def _kind(error: Exception) -> str:
     if isinstance(error, InfeasibleError):
         return "infeasible"
-    if out_of_memory(error):
+    if _starved(error):
         return "out-of-memory"
     return "invalid" if isinstance(error, ValueError | FloatingPointError) else "fault"
 
 
+def _starved(error: BaseException | None) -> bool:
+    """Whether memory ran out, be it as the cause of what is told."""
+    return error is not None and (out_of_memory(error) or _starved(error.__cause__))
+
+
 def _words(error: Exception, settings: JobSettings) -> str:
-    if out_of_memory(error):
+    if _starved(error):
         return f"a job may allocate {format_bytes(settings.memory_bytes)}, and this one needs more; ask for less"
     message = " ".join(str(error).split())[:2000]
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
