@@ -208,7 +208,7 @@ def _row(h: int, depth: int, point: Mapping[str, Any], size: Callable[[int], flo
     seconds = point.get("step_seconds")
     row = Row(
         horizon=h,
-        memory_bytes=int(point["memory_bytes"]) if known else max(0, math.ceil(size(h))),
+        memory_bytes=int(point["memory_bytes"]) if known else max(1, math.ceil(size(h))),
         memory_source="measured" if known else "fitted",
         step_seconds=seconds,
         step_seconds_source="unmeasured" if seconds is None else "measured",
