@@ -1,4 +1,4 @@
-"""Recommendations over HTTP: plans from measurements, and the health of the service."""
+"""Recommendations over HTTP: plans from measurements, jobs that measure, and the health of the service."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from horizonplan.api import health, plans, problems, security
+from horizonplan.api import health, jobs, plans, problems, security
 from horizonplan.api.database import Database
 from horizonplan.api.settings import Settings
+from horizonplan.api.watching import Watcher
 
 __all__ = ["Settings", "create_app"]
 
@@ -21,8 +22,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application. Its tables are made, or brought to this version, when it starts.
 
     Its state: ``settings``; ``database``; ``metrics``; ``stopping``, an ``asyncio.Event`` that is set when the server
-    is told to stop, and ends open streams; ``checks``, which /readyz looks at: name -> function that returns a
-    complaint or ``None``.
+    is told to stop, and ends open streams; ``watcher``, which wakes these; ``checks``, which /readyz looks at: name ->
+    function that returns a complaint or ``None``.
 
     Args:
         settings: ``None``: from the environment.
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.database = Database(settings.database_url, settings.busy_seconds)
     app.state.metrics = health.Metrics()
     app.state.stopping = asyncio.Event()
+    app.state.watcher = Watcher(app.state.database, app.state.stopping, settings.jobs.poll_seconds)
     app.state.checks = health.checks(settings, app.state.database)
     problems.add_handlers(app)
     problems.document(app)
@@ -43,7 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(health.router, responses=problems.responses(*EVERYWHERE))
     keys = [Depends(security.require_key)] if settings.keys_required else []
     statuses = (401, *EVERYWHERE) if keys else EVERYWHERE
-    for router in (health.metrics_router, plans.router):
+    for router in (health.metrics_router, plans.router, jobs.router):
         app.include_router(router, dependencies=keys, responses=problems.responses(*statuses))
     return app
 

@@ -77,6 +77,12 @@ job_events = Table(
     Column("kind", String(32), nullable=False),
     Column("data", Text, nullable=False),  # JSON
 )
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("seen", Float, nullable=False),
+)
 api_keys = Table(
     "api_keys",
     metadata,

@@ -1,11 +1,9 @@
 """Plans over HTTP: make one from measurements, read it, list them, plan again without probing."""
 
-import base64
 import json
 import threading
 import uuid
 import warnings
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -13,6 +11,7 @@ from sqlalchemy import Connection, insert, select
 
 from horizonplan import measured
 from horizonplan.api import database
+from horizonplan.api.paging import cursor_of, iso, number_of
 from horizonplan.api.problems import Problem, responses
 from horizonplan.api.schemas import (
     Card,
@@ -56,10 +55,10 @@ def list_plans(
     """The plans, the newest first. Those made in between move nothing."""
     asked = select(database.plans.c.number, database.plans.c.summary).order_by(database.plans.c.number.desc())
     if cursor is not None:
-        asked = asked.where(database.plans.c.number < _number(cursor))
+        asked = asked.where(database.plans.c.number < number_of("plan", cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
-    after = _cursor(found[limit - 1].number) if len(found) > limit else None
+    after = cursor_of("plan", found[limit - 1].number) if len(found) > limit else None
     items = ", ".join(row.summary for row in found[:limit])
     return Response(f'{{"items": [{items}], "next_cursor": {json.dumps(after)}}}', media_type="application/json")
 
@@ -98,7 +97,7 @@ def store(connection: Connection, plan: Plan, parent: str | None = None, card: s
         Its id, and its JSON with the id.
     """
     plan_id, created = uuid.uuid4().hex, database.now()
-    extra = {"id": plan_id, "created": _iso(created), "parent": parent, "card": card}
+    extra = {"id": plan_id, "created": iso(created), "parent": parent, "card": card}
     text = json.dumps(extra | plan.to_dict(), allow_nan=False)
     row = plan.row
     summary = extra | {
@@ -153,22 +152,3 @@ def _find(request: Request, plan_id: str) -> str:
     if text is None:
         raise Problem(404, "There is no plan of this id.")
     return str(text)
-
-
-def _cursor(number: int) -> str:
-    return base64.urlsafe_b64encode(f"plan:{number}".encode()).decode().rstrip("=")
-
-
-def _number(cursor: str) -> int:
-    try:
-        kind, _, number = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii").partition(":")
-        if kind == "plan" and number.isdecimal() and _cursor(int(number)) == cursor and int(number) < 2**63:
-            return int(number)
-    except ValueError:
-        pass
-    message = "this is no cursor of ours; send next_cursor of an answer, or none to begin"
-    raise Problem(422, f"cursor: {message}", "invalid", [("cursor", message)])
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

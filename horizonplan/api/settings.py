@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from horizonplan.api.job_settings import JobSettings
+
 
 def default_database_url() -> str:
     """A SQLite file in the user's data folder, the same from whatever folder the service is started."""
@@ -27,9 +29,10 @@ class Settings(BaseSettings):
         busy_seconds: how long a request waits for a locked database.
         min_free_bytes: with less free disk than that the service is not ready.
         shutdown_seconds: how long open requests may go on after a signal to stop.
+        jobs: limits of jobs, and who runs them.
     """
 
-    model_config = SettingsConfigDict(env_prefix="HORIZONPLAN_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="HORIZONPLAN_", env_nested_delimiter="__", frozen=True)
 
     database_url: str = Field(default_factory=default_database_url)
     host: str = "127.0.0.1"
@@ -40,6 +43,7 @@ class Settings(BaseSettings):
     busy_seconds: float = Field(3.0, gt=0, le=60)
     min_free_bytes: int = Field(64 * 1024**2, ge=0)
     shutdown_seconds: int = Field(3, ge=1, le=60)
+    jobs: JobSettings = JobSettings()
 
     @property
     def local(self) -> bool:

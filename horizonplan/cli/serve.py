@@ -1,17 +1,23 @@
 """``horizonplan serve``: recommendations over HTTP."""
 
+import signal
+import socket
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 import uvicorn
 from typer import Option
 
-from horizonplan.api import Settings, create_app, security
+from horizonplan.api import Settings, create_app, security, worker
+from horizonplan.api.beside import beside
 from horizonplan.api.database import Database
 from horizonplan.cli import options as opt
 
 HOST = "Address to listen on. Beyond this machine (0.0.0.0) every request needs a key."
 NEW_KEY = "Make a key of this name, print it once, and end."
+WORKERS = "Processes beside the server that run jobs, one at a time each. 0: they run elsewhere. Default: 1."
 DATABASE = "Where plans are kept, such as sqlite:////srv/plans.sqlite3. Default: HORIZONPLAN_DATABASE_URL, else a file."
 
 
@@ -21,6 +27,7 @@ def serve(
     database_url: Annotated[str | None, Option(help=DATABASE)] = None,
     new_key: Annotated[str | None, Option(help=NEW_KEY)] = None,
     drop_key: Annotated[str | None, Option(help="Forget the key of this name, and end.")] = None,
+    workers: Annotated[int | None, Option(min=0, max=64, help=WORKERS)] = None,
     debug: opt.Debug = False,
 ) -> None:
     """Answer POST /v1/plans and its companions until a signal comes; /openapi.json describes them.
@@ -31,6 +38,8 @@ def serve(
     """
     opt.exclude(new_key=new_key, drop_key=drop_key)
     given: dict[str, Any] = {"host": host, "port": port, "database_url": database_url}
+    if workers is not None:
+        given["jobs"] = {"workers": workers}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     database = Database(settings.database_url, settings.busy_seconds)
     try:
@@ -45,10 +54,28 @@ def serve(
             raise ValueError(f"host={settings.host!r}: requests need keys there, and there is none; --new-key NAME.")
     finally:
         database.close()
-    uvicorn.run(
-        create_app(settings),
+    _run(settings)
+
+
+class _Server(uvicorn.Server):
+    """A server that tells open streams to end before it waits for them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        self.config.app.state.stopping.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def _run(settings: Settings) -> None:
+    app = create_app(settings)
+    app.state.checks["worker"] = partial(worker.check, app.state.database, settings)
+    config = uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server gives a signal on when it has stopped
+    with suppress(KeyboardInterrupt), beside(settings):
+        _Server(config).run()

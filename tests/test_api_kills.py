@@ -1,0 +1,183 @@
+"""``kill -9`` of workers, servers and jobs' processes: every accepted job ends once all the same."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from api_jobs import TINY, check_ends, job, opened, settings_for, submit, told, wait_for, working
+from sqlalchemy import select
+
+from horizonplan.api import database, queue
+from horizonplan.api.database import Database
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+HERE = Path(__file__).parent
+
+
+def children(pid):
+    """Processes that a process started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@contextmanager
+def process(*command, **environment):
+    """A process, killed at the end."""
+    started = subprocess.Popen([sys.executable, *command], env=os.environ | environment, stderr=subprocess.DEVNULL)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_a_killed_worker_leaves_nothing_and_its_job_is_run_again(tmp_path):
+    settings = settings_for(tmp_path, lease_seconds=0.5)
+    command = (str(HERE / "worker_process.py"), settings.model_dump_json())
+    with opened(settings) as store:
+        job_id = submit(store, steps=20, seconds=0.05)
+        with process(*command, TMPDIR=str(tmp_path)) as worker:
+            wait_for(lambda: any(kind == "progress" for kind, _ in told(store, job_id)))
+            [child] = children(worker.pid)
+            assert len(list(tmp_path.glob("horizonplan-job-*"))) == 1
+            worker.kill()
+            worker.wait()
+        wait_for(lambda: not Path(f"/proc/{child}").exists())
+        assert not list(tmp_path.glob("horizonplan-job-*"))
+        with working(store, settings):
+            wait_for(lambda: job(store, job_id).state in queue.FINAL)
+        row = check_ends(store, [job_id])[job_id]
+        assert (row.state, row.attempts) == ("succeeded", 2)
+        assert ("requeued", {"reason": "its worker was lost"}) in told(store, job_id)
+
+
+class Service:
+    """``horizonplan serve`` with a worker, killed and started again."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        url = f"sqlite:///{folder}/jobs.sqlite3"
+        jobs = {"lease_seconds": 2.0, "poll_seconds": 0.1, "requeues": 100, "max_queued": 1000}
+        self.environment = {
+            "HORIZONPLAN_DATABASE_URL": url,
+            "HORIZONPLAN_JOBS": json.dumps(jobs),
+            "TMPDIR": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.server = None
+        self.store = Database(url)
+        self.store.upgrade()
+
+    def start(self):
+        command = [sys.executable, "-m", "horizonplan", "serve", "--port", str(self.port)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.server = subprocess.Popen(command, env=os.environ | self.environment, **quiet)
+        wait_for(lambda: self.ask("/livez") is not None)
+
+    def ask(self, path, body=None):
+        """An answer's JSON; ``None``: the server is away."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
+        request.add_header("content-type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return None
+
+    def kill(self, what):
+        """Kill the server, its worker, or the process of the worker's job, if there is one."""
+        workers = children(self.server.pid)
+        victims = {
+            "server": [self.server.pid],
+            "worker": workers,
+            "job": [child for worker in workers for child in children(worker)],
+            "server and worker": [self.server.pid, *workers],
+        }[what]
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.server.pid in victims:
+            self.server.wait()
+
+    def alive(self):
+        return self.server.poll() is None
+
+    def close(self):
+        self.server.terminate()
+        self.server.wait(10)
+        self.store.close()
+
+
+def states(store):
+    with store.read() as connection:
+        return dict(connection.execute(select(database.jobs.c.id, database.jobs.c.state)).all())
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(tmp_path):
+    """Real jobs, measured within limits; a job takes about three seconds, a restart as long."""
+    chance = random.Random(0)
+    service = Service(tmp_path)
+    accepted, cancels = [], []
+    service.start()
+    try:
+        for _ in range(30):
+            made = service.ask("/v1/jobs", TINY | {"seed": len(accepted)})
+            accepted.append(made["id"])
+            time.sleep(chance.uniform(0, 5))
+            if chance.random() < 0.2 and service.ask(f"/v1/jobs/{accepted[-1]}/cancel", {}) is not None:
+                cancels.append(accepted[-1])
+            service.kill(chance.choice(["server", "worker", "job", "server and worker"]))
+            if not service.alive():
+                service.start()
+        wait_for(lambda: set(states(service.store).values()) <= queue.FINAL, seconds=300)
+        rows = check_ends(service.store, accepted)
+        for job_id, row in rows.items():
+            allowed = {"cancelled", "succeeded"} if job_id in cancels else {"succeeded"}
+            killed = row.state == "failed" and json.loads(row.error)["kind"] == "killed"
+            assert row.state in allowed or killed, row
+            if row.plan_id:
+                assert service.ask(f"/v1/plans/{row.plan_id}")["depth"] == 3
+        assert sum(row.attempts > 1 for row in rows.values()) >= 5  # the kills did meet jobs
+    finally:
+        service.close()
+
+
+@pytest.mark.slow
+def test_serve_runs_jobs_and_is_ready(tmp_path):
+    service = Service(tmp_path)
+    service.start()
+    try:
+        wait_for(lambda: service.ask("/readyz") is not None)
+        assert service.ask("/readyz")["checks"]["worker"] == "ok"
+        made = service.ask("/v1/jobs", TINY)
+        stream = urllib.request.urlopen(f"http://127.0.0.1:{service.port}/v1/jobs/{made['id']}/events", timeout=60)
+        with stream:
+            assert b"event: succeeded" in stream.read()
+        made = service.ask("/v1/jobs", TINY)
+        wait_for(lambda: states(service.store)[made["id"]] == "running")
+        started = time.monotonic()
+    finally:
+        service.close()
+    assert time.monotonic() - started <= 5
+    service.store = Database(f"sqlite:///{tmp_path}/jobs.sqlite3")
+    assert states(service.store)[made["id"]] == "queued"  # handed back
+    service.store.close()
