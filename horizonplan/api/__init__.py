@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from horizonplan.api import health, jobs, plans, problems, security
+from horizonplan.api import health, jobs, page, plans, problems, security
 from horizonplan.api.database import Database
 from horizonplan.api.settings import Settings
 from horizonplan.api.watching import Watcher
@@ -47,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     statuses = (401, *EVERYWHERE) if keys else EVERYWHERE
     for router in (health.metrics_router, plans.router, jobs.router):
         app.include_router(router, dependencies=keys, responses=problems.responses(*statuses))
+    page.add_to(app)
     return app
 
 
