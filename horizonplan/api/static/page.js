@@ -172,6 +172,7 @@ function draw() {
     drawn.get(place)?.destroy();
     const plot = new uPlot(options(place, chart), [chart.x, ...chart.lines.map((line) => line.values)], place);
     drawn.set(place, plot);
+    element.querySelector(".unit").textContent = chart.unit;
     showChosen(plot, chart);
   }
 }
