@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from horizonplan.api import health, plans, problems, security
+from horizonplan.api.batches import Batches
 from horizonplan.api.database import Database
 from horizonplan.api.settings import Settings
 
@@ -22,7 +24,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Its state: ``settings``; ``database``; ``metrics``; ``stopping``, an ``asyncio.Event`` that is set when the server
     is told to stop, and ends open streams; ``checks``, which /readyz looks at: name -> function that returns a
-    complaint or ``None``.
+    complaint or ``None``; ``new_plans``, which makes and stores plans.
 
     Args:
         settings: ``None``: from the environment.
@@ -35,6 +37,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.database = Database(settings.database_url, settings.busy_seconds)
     app.state.metrics = health.Metrics()
     app.state.stopping = asyncio.Event()
+    app.state.new_plans = Batches(partial(plans.make_and_store, app.state.database))
     app.state.checks = health.checks(settings, app.state.database)
     problems.add_handlers(app)
     problems.document(app)

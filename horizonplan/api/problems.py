@@ -88,6 +88,12 @@ class Problem(HTTPException):
         self.kind, self.errors, self.more = kind, errors, more
 
 
+def busy() -> Problem:
+    """The problem of a service that cannot get at its database in time."""
+    detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
+    return Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
 def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
@@ -170,5 +176,4 @@ async def _database(request: Request, error: Exception) -> Response:
     if isinstance(error, DBAPIError) and is_full(error):
         return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
     logger.warning("%s %s: %s", request.method, request.url.path, error)
-    detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
-    return problem_response(request, Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}))
+    return problem_response(request, busy())
