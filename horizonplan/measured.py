@@ -9,7 +9,6 @@ W(h) the bytes of the h consecutive blocks that hold most. For equal blocks W(h)
 the paper's.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -186,6 +185,33 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
     return replace(best, notes=(note, *best.notes)), taken
 
 
+def measurements_of(plan: Plan) -> dict[str, Any]:
+    """What of a plan was measured, as arguments of ``plan_from_measurements``: nothing predicted or fitted."""
+    seen = [row for row in plan.rows if row.memory_source == "measured" and not row.recompute]
+    plain = [r for r in seen if r.stride == 1 and (r.cosine_source == "measured" or r.horizon == plan.depth)]
+    plain.sort(key=lambda row: row.horizon)
+    return {
+        "depth": plan.depth,
+        "horizons": [row.horizon for row in plain],
+        "memory_bytes": [row.memory_bytes for row in plain],
+        "cosine": [row.cosine for row in plain],
+        "rates": [row.rate if row.rate_source == "measured" else None for row in plain],
+        "step_seconds": [row.step_seconds if row.step_seconds_source == "measured" else None for row in plain],
+        "strided": [
+            Strided(
+                row.horizon,
+                row.stride,
+                row.memory_bytes,
+                row.cosine if row.cosine_source == "measured" else None,
+                row.rate if row.rate_source == "measured" else None,
+                row.step_seconds if row.step_seconds_source == "measured" else None,
+            )
+            for row in seen
+            if row.stride > 1
+        ],
+    }
+
+
 def _on_card(plan: Plan, card: Card) -> str:
     count = -(-plan.row.memory_bytes // card.memory_bytes)
     return f"{card.name} ({format_bytes(card.memory_bytes)}): h={plan.horizon}, {count} of it for {plan.row.cost:g}"
@@ -211,7 +237,7 @@ def _row(h: int, depth: int, point: Mapping[str, Any], memory: float, cosine: fl
     cosine = 1.0 if exact else float(point.get("cosine", cosine))
     return Row(
         horizon=h,
-        memory_bytes=int(point["memory_bytes"]) if known else max(1, math.ceil(memory)),
+        memory_bytes=int(point["memory_bytes"]) if known else max(1, round(memory)),
         memory_source="measured" if known else "fitted",
         cosine=cosine,
         cosine_source="derived" if exact else "measured" if known else "fitted",
