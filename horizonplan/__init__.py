@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from horizonplan import algorithms, probes
+from horizonplan import algorithms, client, probes
 from horizonplan.chain import Chain, ChainError
 from horizonplan.cost import LadderCost, LinearCost
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
@@ -67,6 +67,7 @@ __all__ = [
     "Weighted",
     "Window",
     "algorithms",
+    "client",
     "fit_cosine",
     "fit_memory",
     "fits",

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -94,7 +95,7 @@ class Curve:
         """Root mean square of measurement minus curve over all measurements, in the curve's unit."""
         return float(np.sqrt(np.mean((np.array(self.values) - self(self.horizons)) ** 2)))
 
-    @property
+    @cached_property
     def misfit(self) -> float:
         """What the curve is known to be wrong by, in its unit, at the worst horizon.
 

@@ -9,16 +9,14 @@ W(h) the bytes of the h consecutive blocks that hold most. For equal blocks W(h)
 the paper's.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from horizonplan.candidates import with_derived_rate
 from horizonplan.choice import choose_horizon, choose_stride, find
 from horizonplan.cost import Cost, LadderCost, as_cost
 from horizonplan.curves import Curve, fit_cosine, fit_memory
@@ -134,7 +132,9 @@ def plan_from_measurements(
     points = {
         h: {name: values[i] for name, values in given.items() if values is not None} for i, h in enumerate(horizons)
     }
-    rows = [_row(h, depth, points.get(h, {}), size, curves["cosine"]) for h in range(1, depth + 1)]
+    everywhere = range(1, depth + 1)
+    fitted = zip(everywhere, size(everywhere).tolist(), curves["cosine"](everywhere).tolist(), strict=True)
+    rows = [_row(h, depth, points.get(h, {}), memory, angle) for h, memory, angle in fitted]
     rows += [_strided_row(one) for one in strided]
     price = as_cost(cost, max(1, rows[depth - 1].memory_bytes))
     row, judged = _chosen(rows, objective, price)
@@ -185,6 +185,33 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
     return replace(best, notes=(note, *best.notes)), taken
 
 
+def measurements_of(plan: Plan) -> dict[str, Any]:
+    """What of a plan was measured, as arguments of ``plan_from_measurements``: nothing predicted or fitted."""
+    seen = [row for row in plan.rows if row.memory_source == "measured" and not row.recompute]
+    plain = [r for r in seen if r.stride == 1 and (r.cosine_source == "measured" or r.horizon == plan.depth)]
+    plain.sort(key=lambda row: row.horizon)
+    return {
+        "depth": plan.depth,
+        "horizons": [row.horizon for row in plain],
+        "memory_bytes": [row.memory_bytes for row in plain],
+        "cosine": [row.cosine for row in plain],
+        "rates": [row.rate if row.rate_source == "measured" else None for row in plain],
+        "step_seconds": [row.step_seconds if row.step_seconds_source == "measured" else None for row in plain],
+        "strided": [
+            Strided(
+                row.horizon,
+                row.stride,
+                row.memory_bytes,
+                row.cosine if row.cosine_source == "measured" else None,
+                row.rate if row.rate_source == "measured" else None,
+                row.step_seconds if row.step_seconds_source == "measured" else None,
+            )
+            for row in seen
+            if row.stride > 1
+        ],
+    }
+
+
 def _on_card(plan: Plan, card: Card) -> str:
     count = -(-plan.row.memory_bytes // card.memory_bytes)
     return f"{card.name} ({format_bytes(card.memory_bytes)}): h={plan.horizon}, {count} of it for {plan.row.cost:g}"
@@ -193,7 +220,8 @@ def _on_card(plan: Plan, card: Card) -> str:
 def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row, tuple[Row, ...]]:
     """The choice and the judged rows: h at stride 1, then its stride where short runs measured several."""
     judged = evaluate(rows, objective, price)
-    best = choose_horizon(rows, objective, price)
+    plain = [row for row in judged if row.stride == 1]
+    best = choose_horizon([row for row in plain if row.feasible] or plain, objective, price)
     if best.recompute:
         return best, judged
     same = [row for row in judged if row.horizon == best.horizon and not row.recompute and not row.reference]
@@ -203,21 +231,21 @@ def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row
     return best, judged
 
 
-def _row(h: int, depth: int, point: Mapping[str, Any], size: Callable[[int], float], cosines: Curve) -> Row:
-    known = bool(point)
-    seconds = point.get("step_seconds")
-    row = Row(
+def _row(h: int, depth: int, point: Mapping[str, Any], memory: float, cosine: float) -> Row:
+    known, exact = bool(point), h == depth
+    seconds, rate = point.get("step_seconds"), None if exact else point.get("rates")
+    cosine = 1.0 if exact else float(point.get("cosine", cosine))
+    return Row(
         horizon=h,
-        memory_bytes=int(point["memory_bytes"]) if known else max(1, math.ceil(size(h))),
+        memory_bytes=int(point["memory_bytes"]) if known else max(1, round(memory)),
         memory_source="measured" if known else "fitted",
+        cosine=cosine,
+        cosine_source="derived" if exact else "measured" if known else "fitted",
+        rate=cosine**2 if rate is None else float(rate),
+        rate_source="derived" if rate is None else "measured",
         step_seconds=seconds,
         step_seconds_source="unmeasured" if seconds is None else "measured",
     )
-    if h == depth:
-        return replace(row, cosine=1.0, cosine_source="derived", rate=1.0, rate_source="derived")
-    value = float(point["cosine"]) if known else cosines(h)
-    row = with_derived_rate(replace(row, cosine=value, cosine_source="measured" if known else "fitted"))
-    return row if point.get("rates") is None else replace(row, rate=float(point["rates"]), rate_source="measured")
 
 
 def _strided_row(one: Strided) -> Row:
@@ -237,15 +265,15 @@ def _strided_row(one: Strided) -> Row:
 
 def _by_blocks(
     horizons: Sequence[int], memory_bytes: Sequence[int], block_bytes: Sequence[int]
-) -> Callable[[int], float]:
+) -> Callable[[Sequence[int]], NDArray[np.floating]]:
     """Memory as a straight line in the bytes of the h consecutive blocks that hold most."""
-    ends = [0, *accumulate(block_bytes)]
+    ends = np.cumsum([0.0, *block_bytes])
 
-    def most(h: int) -> int:
-        return max(ends[t + h] - ends[t] for t in range(len(ends) - h))
+    def most(places: Sequence[int]) -> list[float]:
+        return [float((ends[h:] - ends[:-h]).max()) for h in places]
 
-    slope, base = np.polyfit([most(h) for h in horizons], memory_bytes, 1)
-    return lambda h: float(slope * most(h) + base)
+    line = np.polyfit(most(horizons), memory_bytes, 1)
+    return lambda places: np.polyval(line, most(places))
 
 
 def _notes(rows: Sequence[Row], curves: Mapping[str, Curve], by_blocks: bool) -> tuple[str, ...]:
@@ -272,10 +300,12 @@ def _check(
     depth: int, horizons: Sequence[int], given: Mapping[str, Sequence[Any]], block_bytes: Sequence[int] | None
 ) -> None:
     _number("depth", depth, 2, MOST, whole=True)
+    seen: set[int] = set()
     for i, h in enumerate(horizons):
         _number(f"horizons[{i}]", h, 1, depth, whole=True, limit=f"depth={depth}")
-        if h in horizons[:i]:
+        if h in seen:
             raise MeasurementError(f"horizons[{i}]", f"{h} was given before; give each horizon once, with its mean")
+        seen.add(h)
     if len(horizons) < 2:
         raise MeasurementError("horizons", f"{list(horizons)}: measure at least 2 horizons")
     for name, values in given.items():
@@ -294,7 +324,7 @@ def _check(
 
 
 def _check_strided(depth: int, strided: Sequence[Strided]) -> None:
-    seen = set()
+    seen: set[tuple[int, int]] = set()
     for i, one in enumerate(strided):
         _number(f"strided[{i}].horizon", one.horizon, 2, depth - 1, whole=True, limit=f"depth - 1 = {depth - 1}")
         _number(f"strided[{i}].stride", one.stride, 2, one.horizon, whole=True, limit=f"its horizon, {one.horizon}")

@@ -227,7 +227,9 @@ more horizons and batches
         raise ValueError("rows hold references only; give at least one Row with reference=False")
     if feasible := [row for row in candidates if row.feasible]:
         return min(feasible, key=_rank)
-    nearest = min(candidates, key=lambda row: (row.fits is False, _shortfall(row, objective), *_rank(row)))
+    nearest = min(
+        candidates, key=lambda row: (row.fits is False, _shortfall(row, objective, row.cost or 0.0), *_rank(row))
+    )
     rate = "unknown" if nearest.rate is None else f"{nearest.rate:.4g}"
     needed = nearest.memory_bytes if nearest.device_bytes is None else nearest.device_bytes
     margin = needed - nearest.memory_bytes
@@ -243,17 +245,15 @@ more horizons and batches
 def _evaluated(row: Row, objective: Objective, cost: float) -> Row:
     if not math.isfinite(cost):
         raise ValueError(f"cost returned {cost} for {row.memory_bytes} bytes; let it return a finite price")
-    row = replace(row, cost=cost)
     value = objective.value(row.rate, cost, row.memory_bytes, row.horizon)
-    met = value is not None and row.fits is not False and _shortfall(row, objective) == 0.0
-    return replace(row, objective=value, feasible=met)
+    met = value is not None and row.fits is not False and _shortfall(row, objective, cost) == 0.0
+    return replace(row, cost=cost, objective=value, feasible=met)
 
 
-def _shortfall(row: Row, objective: Objective) -> float:
+def _shortfall(row: Row, objective: Objective, cost: float) -> float:
     """How far a constraint is missed; what the *device* needs counts against a limit, not the tensors alone."""
-    assert row.cost is not None  # evaluate() has filled it in
     needed = row.memory_bytes if row.device_bytes is None else row.device_bytes
-    return objective.shortfall(row.rate, row.cost, needed, row.horizon)
+    return objective.shortfall(row.rate, cost, needed, row.horizon)
 
 
 def _rank(row: Row) -> tuple[float, ...]:

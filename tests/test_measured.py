@@ -16,6 +16,7 @@ from horizonplan.measured import (
     Card,
     MeasurementError,
     Strided,
+    measurements_of,
     plan_from_measurements,
     replan,
     replan_for_cards,
@@ -49,7 +50,7 @@ def brute_force(depth, horizons, memory, cosine, epsilon):
     inner = np.linalg.lstsq(powers, np.array(cosine) - 1, rcond=None)[0]
     best = None
     for h in range(1, depth + 1):
-        size, angle = max(1, math.ceil(np.polyval(line, h))), 1.0
+        size, angle = max(1, round(np.polyval(line, h))), 1.0
         if h < depth:
             angle = np.clip(1 + sum(c * (h / depth - 1) ** (k + 1) for k, c in enumerate(inner)), -1, 1)
         if h in horizons:
@@ -195,6 +196,20 @@ def test_what_to_distrust_is_warned_of_and_noted(points, word):
     with pytest.warns(hp.PoorFitWarning):
         plan = plan_from_measurements(*points, hp.Weighted(0.1))
     assert any(word in note for note in plan.notes)
+
+
+@given(measurements())
+def test_what_was_measured_is_read_back(points):
+    h = min(max(2, points[0] // 2), points[0] - 1)
+    strided = [Strided(h, 2, 77, 0.5, 0.6, 0.7), Strided(h, h, 78)][: 0 if h < 2 else 1 if h == 2 else 2]
+    more = {"rates": [0.5 if t < points[0] else None for t in sorted(points[1])], "strided": strided}
+    depth, *lists = points
+    points = depth, *zip(*sorted(zip(*lists, strict=True)), strict=True)  # by horizon
+    plan = quiet(*points, hp.Weighted(0.1), **more)
+    found = measurements_of(plan)
+    again = quiet(**found, objective=plan.objective)
+    assert (again.row, again.rows) == (plan.row, plan.rows)
+    assert list(points[1]) == found["horizons"]
 
 
 def with_(**changes):

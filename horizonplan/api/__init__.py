@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from horizonplan.api import health, jobs, page, plans, problems, security
+from horizonplan.api.batches import Batches
 from horizonplan.api.database import Database
 from horizonplan.api.settings import Settings
 from horizonplan.api.watching import Watcher
@@ -22,8 +24,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application. Its tables are made, or brought to this version, when it starts.
 
     Its state: ``settings``; ``database``; ``metrics``; ``stopping``, an ``asyncio.Event`` that is set when the server
-    is told to stop, and ends open streams; ``watcher``, which wakes these; ``checks``, which /readyz looks at: name ->
-    function that returns a complaint or ``None``.
+    is told to stop, and ends open streams; ``watcher``, which wakes these; ``new_plans``, which makes and stores plans;
+    ``checks``, which /readyz looks at: name -> function that returns a complaint or ``None``.
 
     Args:
         settings: ``None``: from the environment.
@@ -37,6 +39,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = health.Metrics()
     app.state.stopping = asyncio.Event()
     app.state.watcher = Watcher(app.state.database, app.state.stopping, settings.jobs.poll_seconds)
+    app.state.new_plans = Batches(partial(plans.make_and_store, app.state.database))
     app.state.checks = health.checks(settings, app.state.database)
     problems.add_handlers(app)
     problems.document(app)

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode
 
+from anyio import from_thread
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -115,7 +116,7 @@ def give(request: Request, fields: Sent) -> Response:
     asked = page_forms.measurements_asked(form)
     if asked is not None:
         try:
-            return _to(f"/plans/{_read(plans.make_plan(asked, request))['id']}")
+            return _to(f"/plans/{_read(from_thread.run(plans.make_plan, asked, request))['id']}")
         except MeasurementError as error:
             page_forms.place_measurement(form, error.field, error.reason)
         except InfeasibleError as error:
@@ -207,7 +208,8 @@ def keep(plan_id: str, request: Request, fields: Sent) -> Response:
     if asked is None:
         raise Problem(422, "; ".join(f"{name}: {message}" for name, message in errors.items()))
     try:
-        answer = plans.replan(plan_id, ReplanRequest(objective=asked.objective, cost=asked.cost), request)
+        again = ReplanRequest(objective=asked.objective, cost=asked.cost)
+        answer = from_thread.run(plans.replan, plan_id, again, request)
     except InfeasibleError as error:
         raise Problem(422, str(error)) from error
     return _to(f"/plans/{_read(answer)['id']}")

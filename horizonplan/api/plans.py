@@ -1,9 +1,9 @@
 """Plans over HTTP: make one from measurements, read it, list them, plan again without probing."""
 
 import json
-import threading
 import uuid
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,8 +11,10 @@ from sqlalchemy import Connection, insert, select
 
 from horizonplan import measured
 from horizonplan.api import database
+from horizonplan.api.batches import QueueFull
+from horizonplan.api.database import Database
 from horizonplan.api.paging import cursor_of, iso, number_of
-from horizonplan.api.problems import Problem, responses
+from horizonplan.api.problems import Problem, busy, responses
 from horizonplan.api.schemas import (
     Card,
     PlanList,
@@ -26,7 +28,10 @@ from horizonplan.api.schemas import (
 )
 from horizonplan.api.security import JsonRoute
 from horizonplan.curves import PoorFitWarning
+from horizonplan.objective import Objective
 from horizonplan.plan import Plan
+
+Make = Callable[[], dict[str, Any]]  # computes what the table holds of a new plan
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"], route_class=JsonRoute)
 CREATED: dict[str, Any] = {
@@ -34,16 +39,20 @@ CREATED: dict[str, Any] = {
     "description": "The plan.",
     "headers": {"Location": {"description": "Where it can be read.", "schema": {"type": "string"}}},
 }
-_FITTING = threading.Lock()  # of the process's warning filters, see _fitted
 
 
 @router.post("", status_code=201, responses={201: CREATED, **responses(415, 422, 507)}, response_model=None)
-def make_plan(asked: PlanRequest, request: Request) -> Response:
+async def make_plan(asked: PlanRequest, request: Request) -> Response:
     """Choose a horizon from measurements."""
     settings = request.app.state.settings
     if asked.depth > settings.max_depth:
         raise measured.MeasurementError("depth", f"{asked.depth}; this service takes at most {settings.max_depth}")
-    return _answer(request, _fitted(asked), asked.cards, None, "measurements")
+
+    def make() -> dict[str, Any]:
+        plan, card = _on_cards(_fitted(asked), asked.cards)
+        return _record(plan, card)
+
+    return await _made(request, make, "measurements")
 
 
 @router.get("", responses={200: {"model": PlanList}, **responses(422)}, response_model=None)
@@ -75,13 +84,20 @@ def get_plan(plan_id: str, request: Request) -> Response:
     responses={201: CREATED, **responses(404, 415, 422, 507)},
     response_model=None,
 )
-def replan(plan_id: str, asked: ReplanRequest, request: Request) -> Response:
+async def replan(plan_id: str, asked: ReplanRequest, request: Request) -> Response:
     """A plan's table judged by another objective, cost or card, without probing."""
-    plan = Plan.from_dict(json.loads(_find(request, plan_id)))
-    if asked.objective is not None or asked.cost is not None or not asked.cards:
-        objective = None if asked.objective is None else objective_of(asked.objective)
-        plan = measured.replan(plan, objective, None if asked.cost is None else cost_of(asked.cost))
-    return _answer(request, plan, asked.cards, plan_id, "replan")
+    objective = None if asked.objective is None else objective_of(asked.objective)
+    cost = None if asked.cost is None else cost_of(asked.cost)
+
+    def make() -> dict[str, Any]:
+        plan = Plan.from_dict(json.loads(_find(request, plan_id)))
+        if asked.cards:
+            plan, card = _on_cards(plan, asked.cards, objective)
+        else:
+            plan, card = measured.replan(plan, objective, cost), None
+        return _record(plan, card, plan_id)
+
+    return await _made(request, make, "replan")
 
 
 def store(connection: Connection, plan: Plan, parent: str | None = None, card: str | None = None) -> tuple[str, str]:
@@ -96,9 +112,24 @@ def store(connection: Connection, plan: Plan, parent: str | None = None, card: s
     Returns:
         Its id, and its JSON with the id.
     """
+    record = _record(plan, card, parent)
+    connection.execute(insert(database.plans), record)
+    return record["id"], record["data"]
+
+
+def make_and_store(store: Database, makes: list[Make]) -> list[dict[str, Any] | Exception]:
+    """Compute plans, and write them in one transaction. What the table holds of each, or why there is none."""
+    found = [_tried(make) for make in makes]
+    if records := [record for record in found if isinstance(record, dict)]:
+        with store.write() as connection:
+            connection.execute(insert(database.plans), records)
+    return found
+
+
+def _record(plan: Plan, card: str | None, parent: str | None = None) -> dict[str, Any]:
+    """What the table holds of a plan."""
     plan_id, created = uuid.uuid4().hex, database.now()
     extra = {"id": plan_id, "created": iso(created), "parent": parent, "card": card}
-    text = json.dumps(extra | plan.to_dict(), allow_nan=False)
     row = plan.row
     summary = extra | {
         "depth": plan.depth,
@@ -110,14 +141,36 @@ def store(connection: Connection, plan: Plan, parent: str | None = None, card: s
         "cost": row.cost,
         "objective": plan.objective.to_dict(),
     }
-    values = {"id": plan_id, "created": created, "parent": parent, "data": text}
-    connection.execute(insert(database.plans).values(summary=json.dumps(summary, allow_nan=False), **values))
-    return plan_id, text
+    return {
+        "id": plan_id,
+        "created": created,
+        "parent": parent,
+        "summary": json.dumps(summary, allow_nan=False),
+        "data": json.dumps(extra | plan.to_dict(), allow_nan=False),
+    }
+
+
+async def _made(request: Request, make: Make, how: str) -> Response:
+    """The answer with the plan that ``make`` computes, once it is stored."""
+    state = request.app.state
+    try:
+        record = await state.new_plans.add(make)
+    except QueueFull:
+        raise busy() from None
+    state.metrics.plans.labels(how).inc()
+    return Response(record["data"], 201, {"Location": f"/v1/plans/{record['id']}"}, "application/json")
+
+
+def _tried(make: Make) -> dict[str, Any] | Exception:
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def _fitted(asked: PlanRequest) -> Plan:
     """The plan of some measurements. What a poor fit warns of is in its notes, so the warning is left out."""
-    with _FITTING, warnings.catch_warnings():
+    with warnings.catch_warnings():  # of the whole process, so only in one's turn
         warnings.simplefilter("ignore", PoorFitWarning)
         return measured.plan_from_measurements(
             asked.depth,
@@ -133,15 +186,12 @@ def _fitted(asked: PlanRequest) -> Plan:
         )
 
 
-def _answer(request: Request, plan: Plan, cards: list[Card], parent: str | None, how: str) -> Response:
-    card = None
-    if cards:
-        plan, taken = measured.replan_for_cards(plan, cards_of(cards))
-        card = taken.name
-    with request.app.state.database.write() as connection:
-        plan_id, text = store(connection, plan, parent, card)
-    request.app.state.metrics.plans.labels(how).inc()
-    return Response(text, 201, {"Location": f"/v1/plans/{plan_id}"}, "application/json")
+def _on_cards(plan: Plan, cards: list[Card], objective: Objective | None = None) -> tuple[Plan, str | None]:
+    """The plan for the best of the cards, and its name; the plan itself where there are none."""
+    if not cards:
+        return plan, None
+    best, card = measured.replan_for_cards(plan, cards_of(cards), objective)
+    return best, card.name
 
 
 def _find(request: Request, plan_id: str) -> str:

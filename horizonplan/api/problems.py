@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from horizonplan.api.database import is_full
 from horizonplan.measured import MeasurementError
@@ -88,6 +89,12 @@ class Problem(HTTPException):
         self.kind, self.errors, self.more = kind, errors, more
 
 
+def busy() -> Problem:
+    """The problem of a service that cannot get at its database in time."""
+    detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
+    return Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
 def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
@@ -145,8 +152,16 @@ def field_name(path: Sequence[str | int]) -> str:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, Problem):
-        error = Problem(error.status_code, str(error.detail), headers=error.headers)
+        headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+        error = Problem(error.status_code, str(error.detail), headers=headers)
     return problem_response(request, error)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of an address; each has a route of its own, which knows only its own."""
+    routes, methods = request.app.router.routes, ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    asked = [(method, {**request.scope, "method": method}) for method in methods]
+    return [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -170,5 +185,4 @@ async def _database(request: Request, error: Exception) -> Response:
     if isinstance(error, DBAPIError) and is_full(error):
         return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
     logger.warning("%s %s: %s", request.method, request.url.path, error)
-    detail = f"The database is busy or away, and nothing was stored; come again in {RETRY_SECONDS} s."
-    return problem_response(request, Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}))
+    return problem_response(request, busy())

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from horizonplan.api.database import Database, api_keys, now
@@ -33,7 +33,9 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
 }
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 
 bearer = HTTPBearer(auto_error=False, description="A key from `horizonplan serve --new-key NAME`.")
@@ -143,10 +145,9 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                headers = MutableHeaders(raw=message.setdefault("headers", []))
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-                headers.setdefault("Cache-Control", "no-store")
+                headers = message.setdefault("headers", [])
+                known = {name.lower() for name, _ in headers}
+                headers += [header for header in _RAW_HEADERS if header[0] not in known]
             await send(message)
 
         problem = self._refused(scope)
@@ -163,7 +164,8 @@ class Guard:
 
     def _refused(self, scope: Scope) -> Problem | None:
         headers = Headers(scope=scope)
-        if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", "0")) > self._most:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._most):
             return self._too_large()
         site = headers.get("sec-fetch-site", "none")
         if scope["method"] not in SAFE_METHODS and site not in ("none", "same-origin"):

@@ -1,6 +1,8 @@
 """``horizonplan plan``: measure a model, show what each way of computing its gradient costs, choose one."""
 
+import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +11,11 @@ from typer import Option
 
 from horizonplan.cli import options as opt
 from horizonplan.cli.spec import load_data, load_loss, load_model, load_optimizer
-from horizonplan.cost import LadderCost, LinearCost
+from horizonplan.client import Client
+from horizonplan.cost import Cost, LadderCost, LinearCost
 from horizonplan.curves import PoorFitWarning
 from horizonplan.devices import ASSUMED, Calibration, parse_device
+from horizonplan.measured import measurements_of
 from horizonplan.objective import AccuracyConstraint, MemoryLimit, Objective, Weighted
 from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
@@ -20,6 +24,7 @@ EPSILON = "Objective: the least cost at 1 - EPSILON of back-propagation's rate o
 NODE = "Memory of one node, such as 24GiB. Default: the card's; on a CPU, what back-propagation needs."
 MEMORY = "What counts: allocated, bytes of tensors; or nvml, what the card needs, as its driver counts."
 PROBE_STEPS = "What measuring may cost, in steps of back-propagation; short runs apart."
+SERVER = "Address of `horizonplan serve`: measure here, have the choice made there. Key: HORIZONPLAN_KEY."
 COSINE_FROM = "For a simulated card: a saved plan whose cosines are taken, by the part of the depth."
 
 
@@ -48,6 +53,7 @@ def plan(
     cosine_from: Annotated[Path | None, Option(help=COSINE_FROM)] = None,
     calibration: opt.CalibrationFile = None,
     seed: opt.Seed = 0,
+    server: Annotated[str | None, Option(help=SERVER)] = None,
     out: Annotated[Path | None, Option(help="Save the plan here, as JSON.")] = None,
     plot: Annotated[Path | None, Option(help="Draw it here: .png, .svg, .pdf.")] = None,
     json: opt.Json = False,
@@ -58,6 +64,8 @@ def plan(
     With --device simulated:SIZE nothing is measured either: MODEL is made without its values, on the device meta, where
     that can be; bytes are predicted, and cosines are those of another plan. --memory-limit needs none.
 
+    With --server the choice is made, and kept, by a service; model and data stay here.
+
     Example: horizonplan plan transformer --data mnist5k --out plan.json --plot plan.png
     """
     opt.exclude(epsilon=epsilon, lam=lam, memory_limit=memory_limit)
@@ -65,7 +73,10 @@ def plan(
     steps = [part if part == "horizon" else _number("--strides", part) for part in strides.split(",")]
     _have_folders(out, plot)
     _for_simulated(device, cosine_from=cosine_from, calibration=calibration)
+    _for_server(server, device, candidates)
     loaded, _ = load_data(data, batch_size, seed)
+    objective = _objective(epsilon, lam, memory_limit)
+    cost = (LadderCost if ladder else LinearCost)(unit_cost, node_memory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PoorFitWarning)  # the plan's notes say it too
         made = plan_horizon(
@@ -73,8 +84,8 @@ def plan(
             loaded,
             blocks=blocks,
             loss=load_loss(loss),
-            objective=_objective(epsilon, lam, memory_limit),
-            cost=(LadderCost if ladder else LinearCost)(unit_cost, node_memory),
+            objective=objective,
+            cost=cost,
             candidates=candidates,
             strides=steps,
             rollout_steps=rollout_steps,
@@ -88,7 +99,26 @@ def plan(
             cosine_from=None if cosine_from is None else Plan.load(cosine_from),
             calibration=ASSUMED if calibration is None else Calibration.load(calibration),
         )
+    if server is not None:
+        made = _judged_there(server, made, objective, cost)
     _hand_over(made, out, plot, json)
+
+
+def _judged_there(server: str, made: Plan, objective: Objective, cost: Cost) -> Plan:
+    """The plan that a service makes of what was measured here."""
+    found = measurements_of(made)
+    with Client(server, os.environ.get("HORIZONPLAN_KEY")) as client:
+        there = client.plan(**found, objective=objective, cost=cost)
+    typer.echo(f"note: {server} keeps this plan as {there.id}", err=True)
+    return replace(there, block_names=made.block_names, blocks=made.blocks, provenance=made.provenance)
+
+
+def _for_server(server: str | None, device: str | None, candidates: str) -> None:
+    card = parse_device(device)
+    if server is not None and card is not None and card.kind == "simulated":
+        raise typer.BadParameter("--server is sent measurements, and on a simulated card nothing is measured")
+    if server is not None and candidates != "horizons":
+        raise typer.BadParameter("--server weighs horizons and strides; leave --candidates out")
 
 
 def _hand_over(made: Plan, out: Path | None, plot: Path | None, json: bool) -> None:
