@@ -15,6 +15,7 @@ from sqlalchemy import event, func, select
 from starlette.testclient import TestClient
 
 from horizonplan.api import create_app, database, queue
+from horizonplan.api.server import Server
 
 BERT = {"kind": "BertConfig"}
 ONE_BLOCK = "architecture.blocks_per_stage"
@@ -282,12 +283,6 @@ def test_events_of_a_job_that_has_ended(app, client):
 @contextmanager
 def served(app):
     """The application on a port of this machine; at the end it is told to stop as a signal does."""
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            app.state.stopping.set()
-            await super().shutdown(sockets)
-
     server = Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run)
     thread.start()

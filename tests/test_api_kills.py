@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from api_jobs import TINY, check_ends, job, opened, settings_for, submit, told, wait_for, working
+from served import free_port, start
 from sqlalchemy import select
 
 from horizonplan.api import database, queue
@@ -33,6 +33,11 @@ def children(pid):
             if int(parent) == pid and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def ended(store, job_id):
+    """Whether a job has ended."""
+    return job(store, job_id).state in queue.FINAL
 
 
 @contextmanager
@@ -60,36 +65,54 @@ def test_a_killed_worker_leaves_nothing_and_its_job_is_run_again(tmp_path):
         wait_for(lambda: not Path(f"/proc/{child}").exists())
         assert not list(tmp_path.glob("horizonplan-job-*"))
         with working(store, settings):
-            wait_for(lambda: job(store, job_id).state in queue.FINAL)
+            wait_for(lambda: ended(store, job_id))
         row = check_ends(store, [job_id])[job_id]
         assert (row.state, row.attempts) == ("succeeded", 2)
         assert ("requeued", {"reason": "its worker was lost"}) in told(store, job_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cancel", [False, True], ids=["", "cancelled"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_transaction(tmp_path, when, cancel):
+    """A worker dies before its first commit, or after it; then one at its second, ...; until one needs no more."""
+    settings = settings_for(tmp_path, lease_seconds=0.3, requeues=2)
+    command = (str(HERE / "worker_process.py"), settings.model_dump_json())
+    states, number, died = set(), 0, True
+    with opened(settings) as store:
+        jobs = []
+        while died:
+            number += 1
+            jobs.append(job_id := submit(store, steps=2, seconds=0.3))
+            with process(*command, f"{when} {number}") as worker:
+                if cancel:
+                    wait_for(lambda job_id=job_id: job(store, job_id).state == "running" or worker.poll() is not None)
+                    with store.write() as connection:
+                        queue.cancel(connection, job_id, time.time())
+                wait_for(lambda job_id=job_id: ended(store, job_id) or worker.poll() is not None)
+                time.sleep(0.2)
+                died = worker.poll() is not None
+            states.add(job(store, job_id).state)
+            with working(store, settings):
+                wait_for(lambda job_id=job_id: ended(store, job_id))
+        rows = check_ends(store, jobs)
+    assert number > 4
+    assert states >= {"queued", "running", "cancelled" if cancel else "succeeded"}  # in which a worker died
+    assert {row.state for row in rows.values()} == ({"cancelled"} if cancel else {"succeeded"})
 
 
 class Service:
     """``horizonplan serve`` with a worker, killed and started again."""
 
     def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        url = f"sqlite:///{folder}/jobs.sqlite3"
-        jobs = {"lease_seconds": 2.0, "poll_seconds": 0.1, "requeues": 100, "max_queued": 1000}
-        self.environment = {
-            "HORIZONPLAN_DATABASE_URL": url,
-            "HORIZONPLAN_JOBS": json.dumps(jobs),
-            "TMPDIR": str(folder),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.server = None
-        self.store = Database(url)
-        self.store.upgrade()
+        self.folder, self.port = folder, free_port()
+        jobs = {"lease_seconds": 1.0, "poll_seconds": 0.1, "requeues": 100, "max_queued": 1000}
+        self.environment = {"HORIZONPLAN_JOBS": json.dumps(jobs), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+        self.store = Database(f"sqlite:///{folder}/served.sqlite3")
+        self.start()
 
     def start(self):
-        command = [sys.executable, "-m", "horizonplan", "serve", "--port", str(self.port)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.server = subprocess.Popen(command, env=os.environ | self.environment, **quiet)
-        wait_for(lambda: self.ask("/livez") is not None)
+        self.server = start(self.folder, self.port, **self.environment)
 
     def ask(self, path, body=None):
         """An answer's JSON; ``None``: the server is away."""
@@ -137,12 +160,11 @@ def test_thirty_kills_at_random_moments(tmp_path):
     chance = random.Random(0)
     service = Service(tmp_path)
     accepted, cancels = [], []
-    service.start()
     try:
         for _ in range(30):
             made = service.ask("/v1/jobs", TINY | {"seed": len(accepted)})
             accepted.append(made["id"])
-            time.sleep(chance.uniform(0, 5))
+            time.sleep(chance.uniform(0, 3))
             if chance.random() < 0.2 and service.ask(f"/v1/jobs/{accepted[-1]}/cancel", {}) is not None:
                 cancels.append(accepted[-1])
             service.kill(chance.choice(["server", "worker", "job", "server and worker"]))
@@ -164,7 +186,6 @@ def test_thirty_kills_at_random_moments(tmp_path):
 @pytest.mark.slow
 def test_serve_runs_jobs_and_is_ready(tmp_path):
     service = Service(tmp_path)
-    service.start()
     try:
         wait_for(lambda: service.ask("/readyz") is not None)
         assert service.ask("/readyz")["checks"]["worker"] == "ok"
@@ -178,6 +199,6 @@ def test_serve_runs_jobs_and_is_ready(tmp_path):
     finally:
         service.close()
     assert time.monotonic() - started <= 5
-    service.store = Database(f"sqlite:///{tmp_path}/jobs.sqlite3")
+    service.store = Database(f"sqlite:///{tmp_path}/served.sqlite3")
     assert states(service.store)[made["id"]] == "queued"  # handed back
     service.store.close()
