@@ -4,24 +4,22 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from api_jobs import TINY, check_ends, job, opened, settings_for, submit, told, wait_for, working
 from served import free_port, start
 from sqlalchemy import select
+from worker_process import worker_process
 
 from horizonplan.api import database, queue
 from horizonplan.api.database import Database
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-HERE = Path(__file__).parent
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")]
 
 
 def children(pid):
@@ -40,30 +38,19 @@ def ended(store, job_id):
     return job(store, job_id).state in queue.FINAL
 
 
-@contextmanager
-def process(*command, **environment):
-    """A process, killed at the end."""
-    started = subprocess.Popen([sys.executable, *command], env=os.environ | environment, stderr=subprocess.DEVNULL)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-
-
 def test_a_killed_worker_leaves_nothing_and_its_job_is_run_again(tmp_path):
     settings = settings_for(tmp_path, lease_seconds=0.5)
-    command = (str(HERE / "worker_process.py"), settings.model_dump_json())
     with opened(settings) as store:
         job_id = submit(store, steps=20, seconds=0.05)
-        with process(*command, TMPDIR=str(tmp_path)) as worker:
+        with worker_process(settings) as worker:
             wait_for(lambda: any(kind == "progress" for kind, _ in told(store, job_id)))
             [child] = children(worker.pid)
-            assert len(list(tmp_path.glob("horizonplan-job-*"))) == 1
+            folder = Path(f"/proc/{child}/cwd").readlink()
+            assert folder.is_dir()
             worker.kill()
-            worker.wait()
+            worker.join()
         wait_for(lambda: not Path(f"/proc/{child}").exists())
-        assert not list(tmp_path.glob("horizonplan-job-*"))
+        assert not folder.exists()
         with working(store, settings):
             wait_for(lambda: ended(store, job_id))
         row = check_ends(store, [job_id])[job_id]
@@ -71,34 +58,39 @@ def test_a_killed_worker_leaves_nothing_and_its_job_is_run_again(tmp_path):
         assert ("requeued", {"reason": "its worker was lost"}) in told(store, job_id)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cancel", [False, True], ids=["", "cancelled"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_every_transaction(tmp_path, when, cancel):
-    """A worker dies before its first commit, or after it; then one at its second, ...; until one needs no more."""
-    settings = settings_for(tmp_path, lease_seconds=0.3, requeues=2)
-    command = (str(HERE / "worker_process.py"), settings.model_dump_json())
-    states, number, died = set(), 0, True
+    """A worker dies before its first commit, or after it; the next at its second, ...; until one does not live so long.
+
+    A job is cancelled as soon as it runs, or its worker died before it did.
+    """
+    settings = settings_for(tmp_path, lease_seconds=0.6)
+    jobs, states, died = [], set(), True
     with opened(settings) as store:
-        jobs = []
         while died:
-            number += 1
-            jobs.append(job_id := submit(store, steps=2, seconds=0.3))
-            with process(*command, f"{when} {number}") as worker:
-                if cancel:
-                    wait_for(lambda job_id=job_id: job(store, job_id).state == "running" or worker.poll() is not None)
-                    with store.write() as connection:
-                        queue.cancel(connection, job_id, time.time())
-                wait_for(lambda job_id=job_id: ended(store, job_id) or worker.poll() is not None)
-                time.sleep(0.2)
-                died = worker.poll() is not None
-            states.add(job(store, job_id).state)
+            jobs.append(submit(store, steps=2, seconds=0.2))
+            with worker_process(settings, f"{when} {len(jobs)}") as worker:
+                died = follow(store, jobs[-1], worker, cancel)
+            states.add(job(store, jobs[-1]).state)
             with working(store, settings):
-                wait_for(lambda job_id=job_id: ended(store, job_id))
+                wait_for(lambda: ended(store, jobs[-1]))
         rows = check_ends(store, jobs)
-    assert number > 4
-    assert states >= {"queued", "running", "cancelled" if cancel else "succeeded"}  # in which a worker died
-    assert {row.state for row in rows.values()} == ({"cancelled"} if cancel else {"succeeded"})
+    assert len(jobs) > 4
+    end = "cancelled" if cancel else "succeeded"
+    assert states == {"running", end} | (set() if cancel else {"queued"})  # in these a worker died
+    assert {row.state for row in rows.values()} == {end}
+
+
+def follow(store, job_id, worker, cancel):
+    """Wait until a job has ended, or its worker has died; whether it has, soon."""
+    if cancel:
+        wait_for(lambda: job(store, job_id).state == "running" or not worker.is_alive())
+        with store.write() as connection:
+            queue.cancel(connection, job_id, time.time())
+    wait_for(lambda: ended(store, job_id) or not worker.is_alive())
+    worker.join(0.5)
+    return not worker.is_alive()
 
 
 class Service:
@@ -154,7 +146,6 @@ def states(store):
         return dict(connection.execute(select(database.jobs.c.id, database.jobs.c.state)).all())
 
 
-@pytest.mark.slow
 def test_thirty_kills_at_random_moments(tmp_path):
     """Real jobs, measured within limits; a job takes about three seconds, a restart as long."""
     chance = random.Random(0)
@@ -183,7 +174,6 @@ def test_thirty_kills_at_random_moments(tmp_path):
         service.close()
 
 
-@pytest.mark.slow
 def test_serve_runs_jobs_and_is_ready(tmp_path):
     service = Service(tmp_path)
     try:
