@@ -114,7 +114,7 @@ BAD = [
     ({"horizons": [0, 4, 8, 12]}, "horizons[0]"),
     ({"horizons": [1, 4, 8]}, "memory_bytes"),
     ({"memory_bytes": [1, 2, 3, -4]}, "memory_bytes[3]"),
-    ({"memory_bytes": [1, 2, 3, 2**61]}, "memory_bytes[3]"),
+    ({"memory_bytes": [1, 2, 3, 2**53 + 1]}, "memory_bytes[3]"),
     ({"memory_bytes": [1, 2, 3, "4"]}, "memory_bytes[3]"),
     ({"cosine": [0.1, 0.2, 0.3, 1.1]}, "cosine[3]"),
     ({"cosine": [0.1, 0.2, 0.3, math.nan]}, "cosine[3]"),

@@ -13,7 +13,7 @@ from horizonplan import measured
 from horizonplan.api import database
 from horizonplan.api.batches import QueueFull
 from horizonplan.api.database import Database
-from horizonplan.api.paging import cursor_of, iso, number_of
+from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
 from horizonplan.api.problems import Problem, busy, responses
 from horizonplan.api.schemas import (
     Card,
@@ -33,6 +33,7 @@ from horizonplan.plan import Plan
 
 Make = Callable[[], dict[str, Any]]  # computes what the table holds of a new plan
 
+Cursor = Annotated[str | None, cursor_query("plan")]
 router = APIRouter(prefix="/v1/plans", tags=["plans"], route_class=JsonRoute)
 CREATED: dict[str, Any] = {
     "model": StoredPlan,
@@ -59,12 +60,12 @@ async def make_plan(asked: PlanRequest, request: Request) -> Response:
 def list_plans(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100, description="The most to answer with.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the last answer.")] = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The plans, the newest first. Those made in between move nothing."""
     asked = select(database.plans.c.number, database.plans.c.summary).order_by(database.plans.c.number.desc())
     if cursor is not None:
-        asked = asked.where(database.plans.c.number < number_of("plan", cursor))
+        asked = asked.where(database.plans.c.number < number_of(cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
     after = cursor_of("plan", found[limit - 1].number) if len(found) > limit else None

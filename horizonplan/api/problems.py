@@ -187,7 +187,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _measurement(request: Request, error: Exception) -> Response:
     assert isinstance(error, MeasurementError)
-    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, str(error))]))
+    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, error.reason)]))
 
 
 async def _infeasible(request: Request, error: Exception) -> Response:
