@@ -118,13 +118,15 @@ def store(connection: Connection, plan: Plan, parent: str | None = None, card: s
     return record["id"], record["data"]
 
 
-def make_and_store(store: Database, makes: list[Make]) -> list[dict[str, Any] | Exception]:
-    """Compute plans, and write them in one transaction. What the table holds of each, or why there is none."""
-    found = [_tried(make) for make in makes]
-    if records := [record for record in found if isinstance(record, dict)]:
-        with store.write() as connection:
-            connection.execute(insert(database.plans), records)
-    return found
+def make_all(makes: list[Make]) -> list[dict[str, Any] | Exception]:
+    """What the table holds of each new plan, or why there is none."""
+    return [_tried(make) for make in makes]
+
+
+def store_all(store: Database, records: list[dict[str, Any]]) -> None:
+    """Write what the table holds of plans, in one transaction."""
+    with store.write() as connection:
+        connection.execute(insert(database.plans), records)
 
 
 def _record(plan: Plan, card: str | None, parent: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import sys
 from contextlib import suppress
 from functools import partial
 
@@ -10,6 +11,8 @@ import uvicorn
 from horizonplan.api import create_app, worker
 from horizonplan.api.beside import beside
 from horizonplan.api.settings import Settings
+
+_SWITCH_SECONDS = 0.001  # after which a thread that computes lets the one go on that answers
 
 
 class Server(uvicorn.Server):
@@ -23,6 +26,7 @@ class Server(uvicorn.Server):
 
 def run(settings: Settings) -> None:
     """Serve, with workers beside the server, until SIGTERM or Ctrl-C."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     app = create_app(settings)
     app.state.checks["worker"] = partial(worker.check, app.state.database, settings)
     config = uvicorn.Config(
