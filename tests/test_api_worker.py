@@ -365,6 +365,7 @@ def test_every_kind_of_job(tmp_path, monkeypatch, architecture, device):
     assert (architectures.RANDOM_DATA in plan["notes"]) == random_data
 
 
+@pytest.mark.slow
 def test_a_real_job(store, settings):
     """The whole way: a small network, measured by the real program within the real limits."""
     asked = JobRequest.model_validate_json(json.dumps(TINY))
