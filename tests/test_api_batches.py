@@ -121,6 +121,17 @@ def test_what_cannot_be_stored_is_the_error_of_those_that_were_made():
     assert str(unstored) == "no room for [4]"
 
 
+def test_it_goes_on_in_another_loop():
+    """As where each request has a loop of its own, which is closed as soon as the answer is there."""
+    batches = Batches(lambda items: [item**2 for item in items], forget)
+    for item in range(5):
+        loop = asyncio.new_event_loop()
+        try:
+            assert loop.run_until_complete(asyncio.wait_for(batches.add(item), 10)) == item**2
+        finally:
+            loop.close()
+
+
 def test_more_than_may_wait_are_refused():
     work = Work()
     results = asyncio.run(gathered(Batches(work, forget, largest=1, most_waiting=2), work, [1, 2, 3, 4]))

@@ -146,22 +146,26 @@ def states(store):
         return dict(connection.execute(select(database.jobs.c.id, database.jobs.c.state)).all())
 
 
-def test_thirty_kills_at_random_moments(tmp_path):
-    """Real jobs, measured within limits; a job takes about three seconds, a restart as long."""
+def test_twenty_kills_at_random_moments(tmp_path):
+    """Real jobs, measured within limits. A job takes about three seconds, a restart as long; at half of the moments or
+    more a job runs.
+    """
     chance = random.Random(0)
     service = Service(tmp_path)
     accepted, cancels = [], []
     try:
-        for _ in range(30):
+        for _ in range(20):
             made = service.ask("/v1/jobs", TINY | {"seed": len(accepted)})
             accepted.append(made["id"])
-            time.sleep(chance.uniform(0, 3))
+            if chance.random() < 0.5:
+                wait_for(lambda: "running" in states(service.store).values(), seconds=60)
+            time.sleep(chance.uniform(0, 2))
             if chance.random() < 0.2 and service.ask(f"/v1/jobs/{accepted[-1]}/cancel", {}) is not None:
                 cancels.append(accepted[-1])
             service.kill(chance.choice(["server", "worker", "job", "server and worker"]))
             if not service.alive():
                 service.start()
-        wait_for(lambda: set(states(service.store).values()) <= queue.FINAL, seconds=300)
+        wait_for(lambda: set(states(service.store).values()) <= queue.FINAL, seconds=400)
         rows = check_ends(service.store, accepted)
         for job_id, row in rows.items():
             allowed = {"cancelled", "succeeded"} if job_id in cancels else {"succeeded"}
@@ -169,7 +173,7 @@ def test_thirty_kills_at_random_moments(tmp_path):
             assert row.state in allowed or killed, row
             if row.plan_id:
                 assert service.ask(f"/v1/plans/{row.plan_id}")["depth"] == 3
-        assert sum(row.attempts > 1 for row in rows.values()) >= 5  # the kills did meet jobs
+        assert sum(row.attempts > 1 for row in rows.values()) >= 3  # the kills did meet jobs
     finally:
         service.close()
 

@@ -7,7 +7,7 @@ So what comes while one batch is made makes up the next, which is made while the
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from starlette.concurrency import run_in_threadpool
 
@@ -55,24 +55,29 @@ class Batches(Generic[Item, Result]):
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))
         if len(self._tasks) < _STAGES:
-            task = asyncio.create_task(self._run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.add(asyncio.create_task(self._run()))
         return await done
 
     async def _run(self) -> None:
-        while self._waiting:
-            async with self._making:
-                batch, self._waiting = self._waiting[: self._largest], self._waiting[self._largest :]
-                results = await self._made([item for item, _ in batch])
-            results = await self._stored(results)
-            for (_, done), result in zip(batch, results, strict=True):
-                if done.cancelled():  # its request is gone
-                    continue
-                if isinstance(result, Exception):
-                    done.set_exception(result)
-                else:
-                    done.set_result(result)
+        try:
+            while self._waiting:
+                await self._next()
+        finally:  # and not in a callback, which a loop that is closed now would not call
+            self._tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    async def _next(self) -> None:
+        """Make, store and hand out one batch."""
+        async with self._making:
+            batch, self._waiting = self._waiting[: self._largest], self._waiting[self._largest :]
+            results = await self._made([item for item, _ in batch])
+        results = await self._stored(results)
+        for (_, done), result in zip(batch, results, strict=True):
+            if done.cancelled():  # its request is gone
+                continue
+            if isinstance(result, Exception):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
 
     async def _made(self, items: list[Item]) -> Sequence[Result | Exception]:
         try:
