@@ -64,9 +64,18 @@ ACCEPTED: dict[str, Any] = {
     "headers": {"Location": {"description": "Where it can be read.", "schema": {"type": "string"}}},
 }
 EVENTS = "text/event-stream"
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "The state that begins, `progress`, `requeued` or `cancelling`."},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "id": {"type": "string", "pattern": "^[1-9][0-9]*$", "description": "Its number."},
+    },
+    "required": ["event", "data", "id"],
+}
 STREAM: dict[str, Any] = {
-    "description": "The job's events: their numbers are ids, their kinds names, their data JSON objects.",
-    "content": {EVENTS: {"schema": {"type": "string"}}},
+    "description": "The job's events, in order, until its end.",
+    "content": {EVENTS: {"itemSchema": EVENT}},  # a word of OpenAPI 3.2
 }
 
 
