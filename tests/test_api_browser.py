@@ -128,6 +128,7 @@ def test_sliders_move_the_choice_at_once_to_where_the_api_s_replan_is(open_page)
     page.locator("#d-limit").fill("15MB")
     expect(choice(page)).to_have_text("h = 5, stride 1")
     page.get_by_role("radio", name="Whole nodes").check()
+    page.locator("#d-price").fill("1")
     page.locator("#d-node").fill("5MB")
     expect(page.locator("#choice .facts")).to_contain_text("3.000")  # 15 MB are three nodes of 5
     page.locator("#d-node").fill("5 parsecs")
