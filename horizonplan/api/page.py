@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode
 
 from anyio import from_thread
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
@@ -141,7 +141,7 @@ def measure(request: Request, fields: Sent) -> Response:
 
 
 @router.get("/history")
-def history(request: Request, cursor: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+def history(request: Request, cursor: plans.Cursor = None) -> Response:
     """All plans."""
     found = _read(plans.list_plans(request, 25, cursor))
     items = [page_view.summary_line(one) for one in found["items"]]

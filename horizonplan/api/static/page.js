@@ -90,7 +90,7 @@ function drawMarks(plot, chart) {
   for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen)) {
     const x = plot.valToPos(mark.x, "x", true);
     const y = plot.valToPos(mark.y, "y", true);
-    const colour = tone(mark.chosen ? "accent" : mark.tone);
+    const colour = tone(mark.tone);
     context.lineWidth = 1.4 * ratio;
     context.strokeStyle = colour;
     context.fillStyle = mark.filled ? colour : tone("surface");
