@@ -81,9 +81,9 @@ def unit_of(rows: Iterable[Row]) -> tuple[int, str]:
 
 
 def frontier(rows: Iterable[Row]) -> list[Row]:
-    """The rows that no other beats in both memory and rate, by memory; references count as well."""
+    """The rows that may be chosen and that no other such row beats in both memory and rate, by memory."""
     found: list[Row] = []
-    known = [row for row in rows if row.rate is not None and row.fits is not False]
+    known = [row for row in rows if row.rate is not None and row.fits is not False and not row.reference]
     for row in sorted(known, key=lambda row: (row.memory_bytes, -(row.rate or 0.0))):
         if not found or (row.rate or 0.0) > (found[-1].rate or 0.0):
             found.append(row)
@@ -161,7 +161,8 @@ def _line(label: str, tone: str, dash: bool, values: Sequence[float | None]) -> 
     return {"label": label, "tone": tone, "dash": dash, "values": list(values)}
 
 
-def _mark(row: Row, quantity: Quantity, chosen: bool, tone: str = "ink") -> dict[str, Any]:
+def _mark(row: Row, quantity: Quantity, chosen: bool, tone: str = "") -> dict[str, Any]:
+    tone = tone or ("accent" if chosen else "ink")
     shape = "circle"
     if row.recompute:
         shape = "triangle"

@@ -56,7 +56,7 @@ class Size:
 
     Attributes:
         name: of its field, such as ``architecture.width``.
-        label: what it is called.
+        label: what it is called; Hugging Face's names stay as they are.
         kind: ``"number"``, ``"list"`` or ``"flag"``.
         text: its default.
         hint: what it means, where the name does not say.
@@ -137,6 +137,7 @@ def kinds(settings: JobSettings) -> dict[str, type[BaseModel]]:
 def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
     """The fields of an architecture; those of a part are named by a path."""
     found = []
+    theirs = prefix.endswith(".numbers.")  # of a Hugging Face configuration
     for name, info in model.model_fields.items():
         default = info.get_default()
         if name in ("kind", "id"):
@@ -146,7 +147,8 @@ def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
             continue
         kind = "list" if isinstance(default, list) else "flag" if isinstance(default, bool) else "number"
         text = ", ".join(map(str, default)) if kind == "list" else ("on" if default is True else str(default))
-        found.append(Size(prefix + name, name.replace("_", " "), kind, text, info.description or ""))
+        label = name if theirs else name.replace("_", " ").capitalize()
+        found.append(Size(prefix + name, label, kind, text, info.description or ""))
     return found
 
 
