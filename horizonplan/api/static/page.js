@@ -85,10 +85,10 @@ function drawRules(plot, chart) {
 function drawMarks(plot, chart) {
   const context = plot.ctx;
   const ratio = uPlot.pxRatio;
-  const r = (chart.marks.length > 80 ? 1.8 : 3.2) * ratio;
   context.save();
   context.setLineDash([]); // that of a series drawn before
-  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen)) {
+  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen || b.small - a.small)) {
+    const r = (mark.small ? 1.5 : 3.2) * ratio;
     const x = plot.valToPos(mark.x, "x", true);
     const y = plot.valToPos(mark.y, "y", true);
     const colour = tone(mark.tone);
