@@ -1,8 +1,10 @@
 """A client of ``horizonplan serve``: the calls of a script that asks for plans.
 
-client = hp.client.Client("http://127.0.0.1:8000")
-plan = client.plan(12, [1, 4, 8, 12], memory_bytes, cosine, hp.AccuracyConstraint(0.1))
-cheaper = client.replan(plan.id, hp.AccuracyConstraint(0.3))
+::
+
+    client = hp.client.Client("http://127.0.0.1:8000")
+    plan = client.plan(12, [1, 4, 8, 12], memory_bytes, cosine, hp.AccuracyConstraint(0.1))
+    cheaper = client.replan(plan.id, hp.AccuracyConstraint(0.3))
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from horizonplan.measured import Card, Strided
 from horizonplan.objective import InfeasibleError, Objective
 from horizonplan.plan import Plan
 from horizonplan.rows import Row
+
+__all__ = ["Client", "JobError", "ServiceError", "StoredPlan"]
 
 FINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5

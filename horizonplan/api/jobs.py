@@ -16,11 +16,12 @@ from starlette.concurrency import run_in_threadpool
 from horizonplan.api import architectures, database, queue
 from horizonplan.api.architectures import JobRequest
 from horizonplan.api.database import Database, now
-from horizonplan.api.paging import cursor_of, iso, number_of
+from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
 from horizonplan.api.problems import Problem, responses
 from horizonplan.api.security import JsonRoute
 from horizonplan.api.watching import Watcher
 
+Cursor = Annotated[str | None, cursor_query("job")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=JsonRoute)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
@@ -85,7 +86,7 @@ def list_jobs(
     request: Request,
     state: Annotated[State | None, Query(description="Only these.")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="The most to answer with.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the last answer.")] = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The jobs, the newest first. Those submitted in between move nothing."""
     table = database.jobs
@@ -93,7 +94,7 @@ def list_jobs(
     if state is not None:
         asked = asked.where(table.c.state == state)
     if cursor is not None:
-        asked = asked.where(table.c.number < number_of("job", cursor))
+        asked = asked.where(table.c.number < number_of(cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
     after = cursor_of("job", found[limit - 1].number) if len(found) > limit else None

@@ -5,11 +5,11 @@ page and ``/v1`` give one answer. Nothing of it is in the OpenAPI document.
 """
 
 import json
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlencode
 
 from anyio import from_thread
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.staticfiles import StaticFiles
 
 from horizonplan.api import jobs, page_charts, page_dials, page_forms, page_sign_in, page_view, plans, queue, security
@@ -89,7 +89,7 @@ def measure(request: Request, fields: Sent) -> Response:
 
 
 @router.get("/history")
-def history(request: Request, cursor: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+def history(request: Request, cursor: plans.Cursor = None) -> Response:
     """All plans."""
     found = _read(plans.list_plans(request, 25, cursor))
     items = [page_view.summary_line(one) for one in found["items"]]

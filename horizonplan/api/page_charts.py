@@ -166,14 +166,13 @@ def _line(label: str, tone: str, dash: bool, values: Sequence[float | None]) -> 
 
 
 def _mark(row: Row, quantity: Quantity, chosen: bool, tone: str = "") -> dict[str, Any]:
-    tone = tone or ("accent" if chosen else "ink")
     shape = "circle"
     if row.recompute:
         shape = "triangle"
     elif row.stride > 1:
         shape = "square" if row.stride == row.horizon else "diamond"
     filled = getattr(row, quantity.source) == "measured" if quantity.source else row.feasible
-    y = quantity.value(row)
+    y, tone = quantity.value(row), tone or ("accent" if chosen else "ink")
     return {"x": row.horizon, "y": y, "shape": shape, "filled": filled, "chosen": chosen, "tone": tone}
 
 

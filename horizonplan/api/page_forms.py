@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from horizonplan.api.architectures import Architecture, JobRequest
 from horizonplan.api.job_settings import JobSettings
 from horizonplan.api.page_dials import DEFAULTS, dial_of, in_words, number, request_of, size, size_text
-from horizonplan.api.problems import field_name
+from horizonplan.api.problems import Problem, field_name
 from horizonplan.api.schemas import PlanRequest
+from horizonplan.api.security import named_once
 
 Fields = Mapping[str, Sequence[str]]
 
@@ -213,10 +214,12 @@ def place_job(form: Form, name: str, message: str, path: Sequence[str | int] = (
 
 def _from_json(form: Form) -> PlanRequest | None:
     try:
-        return PlanRequest.model_validate(json.loads(form.texts["json"]))
+        return PlanRequest.model_validate(json.loads(form.texts["json"], object_pairs_hook=named_once))
     except ValidationError as error:
         told = [f"{field_name(one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
         form.errors["json"] = "; ".join(told) + "."
+    except Problem as problem:
+        form.errors["json"] = f"{problem.detail}."
     except (ValueError, RecursionError) as error:
         form.errors["json"] = f"This is no JSON: {error}."
     return None

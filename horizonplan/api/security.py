@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from horizonplan.api.database import Database, api_keys, now
-from horizonplan.api.problems import Problem, problem_response
+from horizonplan.api.problems import LONGEST_NAME, Problem, problem_response
 from horizonplan.api.settings import Settings
 
 COOKIE = "horizonplan_key"
@@ -113,13 +113,24 @@ class JsonRoute(APIRoute):
         return checked
 
 
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which each name is given once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for i, name in enumerate(names) if name in names[:i])
+        message = "the name is given twice in one object"
+        raise Problem(422, f"{name[:LONGEST_NAME]}: {message}", "invalid", [(name[:LONGEST_NAME], message)])
+    return made
+
+
 class _JsonRequest(Request):
     """A request whose JSON is refused where Python would give up on it."""
 
     async def json(self) -> Any:
         """The body's value."""
         try:
-            return json.loads(await self.body())
+            return json.loads(await self.body(), object_pairs_hook=named_once)
         except json.JSONDecodeError as error:
             raise Problem(400, f"The body is no JSON: {error.msg} at character {error.pos}.") from error
         except RecursionError as error:

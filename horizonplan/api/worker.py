@@ -72,12 +72,13 @@ class Worker:
 
     def work(self, stop: threading.Event) -> bool:
         """Run one job, if there is one."""
+        lease = self.settings.lease_seconds
         with self.database.read() as connection:
-            if not queue.has_work(connection, now()):
+            if not queue.has_work(connection, lease, now()):
                 return False
         with self.database.write() as connection:
-            queue.rescue(connection, self.settings.requeues, now())
-            mine = queue.claim(connection, self.name, self.settings.lease_seconds, now())
+            queue.rescue(connection, self.settings.requeues, lease, now())
+            mine = queue.claim(connection, self.name, lease, now())
         if mine is None:
             return False
         logger.info("job %s: attempt %d", mine.job_id, mine.attempt)
@@ -201,7 +202,7 @@ def check(database: Database, settings: Settings) -> str | None:
     with database.read() as connection:
         last = queue.last_seen(connection)
     seconds = settings.jobs.lease_seconds
-    if last is not None and last >= now() - seconds:
+    if last is not None and abs(now() - last) <= seconds:  # seen later than now: the clock was set back
         return None
     return f"no worker has been seen for {format_seconds(seconds)}"
 
