@@ -6,18 +6,17 @@ Whatever a test does, nothing may appear on the browser's console, and nothing m
 import itertools
 import json
 import re
-import shutil
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import horizonplan as hp
 from tests.api_jobs import TINY
+from tests.browsing import PHONE, WIDE, choice, choice_of, chromium, posted, set_slider, stored, visits
 from tests.served import served
 from tests.test_api_plans import ASKED
 
 pytestmark = pytest.mark.slow
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
 
 @pytest.fixture(scope="module")
@@ -27,65 +26,20 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found, "the page is tested in Chromium: install it (Debian: apt-get install chromium)"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+def browser():
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def open_page(chromium, address):
-    """Opens pages, and looks at their consoles at the end."""
-    complaints, contexts = [], []
-
-    def opened(path="/", expected=(), **options):
-        context = chromium.new_context(base_url=address, viewport=options.pop("viewport", WIDE), **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(path)
-        for text in expected:
-            complaints[:] = [told for told in complaints if text not in told]
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def stored(page, path="/v1/plans", **changes):
-    """A plan made over the API."""
-    answer = page.request.post(path, data=json.dumps(ASKED | changes), headers={"content-type": "application/json"})
-    assert answer.status == 201, answer.text()
-    return answer.json()
-
-
-def choice_of(plan):
-    """What the page calls the choice of a plan, of which ``h`` is not the depth."""
-    row = hp.Plan.from_dict(plan).row
-    return f"h = {row.horizon}, stride {row.stride}"
-
-
-def choice(page):
-    return page.locator("#choice-title")
-
-
-def set_slider(page, name, position):
-    """As dragging does."""
-    page.locator(f"#d-{name}-slider").evaluate(
-        "(slider, at) => { slider.value = at; slider.dispatchEvent(new Event('input', {bubbles: true})); }", position
-    )
+def open_page(browser, address):
+    with visits(browser, address) as opened:
+        yield opened
 
 
 def test_measurements_that_are_pasted_become_a_plan(open_page):
     page = open_page()
-    page.get_by_label("Blocks of the network").fill("12")
+    page.get_by_label("Blocks T of the network").fill("12")
     rows = zip(ASKED["horizons"], ASKED["memory_bytes"], ASKED["cosine"], strict=True)
     text = "\n".join("\t".join(map(str, row)) for row in rows)
     page.get_by_label("Horizon, row 1").evaluate(
@@ -111,11 +65,9 @@ def test_sliders_move_the_choice_at_once_to_where_the_api_s_replan_is(open_page)
     for name, position, objective in moves:
         set_slider(page, name, position)
         asked = {"objective": objective, "cost": ASKED["cost"]}
-        wanted = page.request.post(
-            f"/v1/plans/{plan['id']}/replan", data=json.dumps(asked), headers={"content-type": "application/json"}
-        ).json()
+        wanted = posted(page, f"/v1/plans/{plan['id']}/replan", asked)
         expect(choice(page)).to_have_text(choice_of(wanted))
-        assert f"epsilon={position}" in page.url
+        expect(page).to_have_url(re.compile(f"epsilon={position}&"))
     page.get_by_role("radio", name="Weighed").check()
     expect(page.locator("#d-lam")).to_be_visible()
     expect(page.locator("#d-epsilon")).to_be_hidden()
@@ -195,11 +147,10 @@ def test_a_job_is_cancelled(open_page):
 def test_a_job_that_fails_says_why(open_page):
     page = open_page()
     asked = TINY | {"objective": {"kind": "memory", "limit_bytes": 1}}
-    answer = page.request.post("/v1/jobs", data=json.dumps(asked), headers={"content-type": "application/json"})
-    page.goto(f"/jobs/{answer.json()['id']}")
+    page.goto(f"/jobs/{posted(page, '/v1/jobs', asked)['id']}")
     expect(page.locator("#job-state")).to_have_text("failed", timeout=60_000)
     expect(page.locator("#job")).to_contain_text("infeasible")
-    expect(page.locator("#job")).to_contain_text("no candidate is feasible")
+    expect(page.locator("#job")).to_contain_text("No candidate is feasible")
 
 
 def test_two_plans_beside_each_other(open_page):
@@ -247,17 +198,20 @@ def test_the_keyboard_is_enough(open_page):
 
 def every_page(page):
     """The addresses of all kinds of pages, with something on them."""
-    first, second = stored(page), stored(page)
-    answer = page.request.post("/v1/jobs", data=json.dumps(TINY), headers={"content-type": "application/json"})
-    job = answer.json()["id"]
+    first, second = stored(page), stored(page, depth=40, horizons=[1, 12, 24, 40])
+    job = posted(page, "/v1/jobs", TINY)["id"]
     page.request.post(f"/v1/jobs/{job}/cancel")
+    plan = f"/plans/{first['id']}"
     compared = f"/compare?a={first['id']}&b={second['id']}"
-    return ["/", "/?example=true", f"/plans/{first['id']}", "/history", "/compare", compared, f"/jobs/{job}"]
+    long = f"/plans/{second['id']}"
+    refused = [f"{plan}?kind=memory&limit=1B", f"{plan}?epsilon=2&price=none", "/plans/none"]
+    return ["/", "/?example=true", "/?architecture=GPT2Config", plan, long, "/history", "/compare", compared,
+            f"/jobs/{job}", *refused]  # fmt: skip
 
 
 @pytest.mark.parametrize("viewport", [PHONE, WIDE], ids=["phone", "wide"])
 def test_no_page_is_wider_than_the_window(open_page, viewport):
-    page = open_page(viewport=viewport)
+    page = open_page(viewport=viewport, refused=True)
     for path in every_page(page):
         page.goto(path)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -267,7 +221,7 @@ def test_no_page_is_wider_than_the_window(open_page, viewport):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_schemes(open_page, scheme):
     """WCAG 2.2: a contrast of 4.5 between a text and what is behind it, 3 where it is large."""
-    page = open_page(color_scheme=scheme)
+    page = open_page(color_scheme=scheme, refused=True)
     for path in every_page(page):
         page.goto(path)
         low = page.evaluate(CONTRASTS)
@@ -279,7 +233,7 @@ def test_text_can_be_read_in_both_schemes(open_page, scheme):
 
 
 def test_every_control_has_a_name_and_headings_are_in_order(open_page):
-    page = open_page()
+    page = open_page(refused=True)
     for path in every_page(page):
         page.goto(path)
         assert page.evaluate(NAMELESS) == [], path
@@ -339,9 +293,6 @@ CONTRASTS = """() => {
     }
     return low;
 }"""
-DESCRIPTIONS = (
-    """() => [...document.querySelectorAll("[aria-describedby]")].map((e) => e.getAttribute("aria-describedby"))"""
-)
 NAMELESS = """() => [...document.querySelectorAll("input, select, textarea, button, a, progress, [role=img]")]
     .filter((e) => e.type !== "hidden")
     .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim()))

@@ -120,7 +120,7 @@ def test_a_pasted_body_is_refused_in_words(client, text, said):
 def test_what_nothing_meets_is_said_and_kept_in_the_form(client):
     answer = client.post("/plans", data=FORM | {"kind": "memory", "limit": "1MB"})
     assert answer.status_code == 422
-    assert any("no candidate is feasible" in message for message in told(answer))
+    assert any("No candidate is feasible" in message for message in told(answer))
     assert 'value="1MB"' in answer.text
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from horizonplan.api.architectures import Architecture, JobRequest
 from horizonplan.api.job_settings import JobSettings
 from horizonplan.api.page_dials import DEFAULTS, dial_of, in_words, number, request_of, size, size_text
-from horizonplan.api.problems import field_name
+from horizonplan.api.problems import Problem, field_name
 from horizonplan.api.schemas import PlanRequest
+from horizonplan.api.security import named_once
 
 Fields = Mapping[str, Sequence[str]]
 
@@ -56,7 +57,7 @@ class Size:
 
     Attributes:
         name: of its field, such as ``architecture.width``.
-        label: what it is called.
+        label: what it is called; Hugging Face's names stay as they are.
         kind: ``"number"``, ``"list"`` or ``"flag"``.
         text: its default.
         hint: what it means, where the name does not say.
@@ -137,6 +138,7 @@ def kinds(settings: JobSettings) -> dict[str, type[BaseModel]]:
 def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
     """The fields of an architecture; those of a part are named by a path."""
     found = []
+    theirs = prefix.endswith(".numbers.")  # of a Hugging Face configuration
     for name, info in model.model_fields.items():
         default = info.get_default()
         if name in ("kind", "id"):
@@ -146,7 +148,8 @@ def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
             continue
         kind = "list" if isinstance(default, list) else "flag" if isinstance(default, bool) else "number"
         text = ", ".join(map(str, default)) if kind == "list" else ("on" if default is True else str(default))
-        found.append(Size(prefix + name, name.replace("_", " "), kind, text, info.description or ""))
+        label = name if theirs else name.replace("_", " ").capitalize()
+        found.append(Size(prefix + name, label, kind, text, info.description or ""))
     return found
 
 
@@ -211,10 +214,12 @@ def place_job(form: Form, name: str, message: str, path: Sequence[str | int] = (
 
 def _from_json(form: Form) -> PlanRequest | None:
     try:
-        return PlanRequest.model_validate(json.loads(form.texts["json"]))
+        return PlanRequest.model_validate(json.loads(form.texts["json"], object_pairs_hook=named_once))
     except ValidationError as error:
         told = [f"{field_name(one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
         form.errors["json"] = "; ".join(told) + "."
+    except Problem as problem:
+        form.errors["json"] = f"{problem.detail}."
     except (ValueError, RecursionError) as error:
         form.errors["json"] = f"This is no JSON: {error}."
     return None

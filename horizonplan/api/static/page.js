@@ -85,9 +85,10 @@ function drawRules(plot, chart) {
 function drawMarks(plot, chart) {
   const context = plot.ctx;
   const ratio = uPlot.pxRatio;
-  const r = (chart.marks.length > 80 ? 1.8 : 3.2) * ratio;
   context.save();
-  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen)) {
+  context.setLineDash([]); // that of a series drawn before
+  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen || b.small - a.small)) {
+    const r = (mark.small ? 1.5 : 3.2) * ratio;
     const x = plot.valToPos(mark.x, "x", true);
     const y = plot.valToPos(mark.y, "y", true);
     const colour = tone(mark.tone);
@@ -177,6 +178,12 @@ function draw() {
   }
 }
 
+function bringChosen() {
+  const row = document.querySelector(".tall tr.chosen");
+  const holder = row?.closest(".tall");
+  if (holder) holder.scrollTop = row.offsetTop - (holder.clientHeight - row.offsetHeight) / 2;
+}
+
 function fit() {
   for (const [place, plot] of drawn) {
     if (place.clientWidth && place.clientWidth !== plot.width) plot.setSize({ width: place.clientWidth, height: HEIGHT });
@@ -216,6 +223,12 @@ function follow(job) {
     if (data.plan_id) location.replace(`/plans/${data.plan_id}`);
     else location.reload();
   };
+  source.addEventListener("open", () => (document.getElementById("job-lost").textContent = ""));
+  source.addEventListener("error", () => {
+    const gone = source.readyState === EventSource.CLOSED;
+    const words = gone ? "The service no longer tells of this job. Load the page again." : "The service is away. Waiting for it.";
+    document.getElementById("job-lost").textContent = words;
+  });
   for (const kind of ["queued", "running", "progress", "requeued", "cancelling", ...FINAL]) {
     source.addEventListener(kind, told(kind));
   }
@@ -251,6 +264,7 @@ function paste(event) {
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("input[type=range]").forEach(joinDial);
   draw();
+  bringChosen();
   const job = document.querySelector("[data-live]");
   if (job) follow(job);
   document.querySelector(".problem[role=alert]")?.focus();
@@ -262,6 +276,13 @@ document.addEventListener("click", (event) => {
 });
 document.addEventListener("htmx:afterSettle", (event) => {
   if (event.target.id === "choice") draw();
+  if (event.target.id === "rest") bringChosen();
+});
+let addressed;
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.target.id !== "dials" || !event.detail.successful) return;
+  clearTimeout(addressed); // browsers refuse addresses that change at every move
+  addressed = setTimeout(() => history.replaceState(history.state, "", event.detail.pathInfo.finalRequestPath), 250);
 });
 for (const name of ["htmx:responseError", "htmx:sendError", "htmx:afterOnLoad"]) {
   document.addEventListener(name, () => {
