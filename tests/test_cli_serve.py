@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,3 +106,12 @@ def test_beyond_this_machine_keys_are_needed(tmp_path):
     assert again.returncode == 1
     assert "there is a key of that name" in again.stderr
     assert run(tmp_path, "--drop-key", "mine").returncode == 0
+
+
+def test_a_taken_port_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run(tmp_path, "--port", str(port))
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"port={port} cannot be listened on" in ended.stderr

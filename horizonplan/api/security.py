@@ -54,7 +54,7 @@ def new_key(database: Database, name: str) -> str:
         with database.write() as connection:
             connection.execute(insert(api_keys).values(name=name, hash=_hash(key), created=now()))
     except IntegrityError as error:
-        raise ValueError(f"name={name!r}: there is a key of that name; drop it first, or choose another.") from error
+        raise ValueError(f"name={name!r}: there is a key of that name; --drop-key it, or choose another.") from error
     return key
 
 

@@ -25,7 +25,12 @@ class Server(uvicorn.Server):
 
 
 def run(settings: Settings) -> None:
-    """Serve, with workers beside the server, until SIGTERM or Ctrl-C."""
+    """Serve, with workers beside the server, until SIGTERM or Ctrl-C.
+
+    Raises:
+        ValueError: nobody can listen at that address and port.
+    """
+    _refuse_taken(settings.host, settings.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     app = create_app(settings)
     app.state.checks["worker"] = partial(worker.check, app.state.database, settings)
@@ -39,3 +44,11 @@ def run(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server gives a signal on when it has stopped
     with suppress(KeyboardInterrupt), beside(settings):
         Server(config).run()
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        words = f"cannot be listened on at {host} ({error.strerror}); choose another with --port or --host"
+        raise ValueError(f"port={port} {words}") from error

@@ -150,7 +150,7 @@ class Worker:
                 if stop.wait(self.settings.poll_seconds):
                     return  # the lease runs out, and the next worker takes the job
             else:
-                how = type(outcome).__name__ if isinstance(outcome, Plan) else outcome
+                how = "succeeded" if isinstance(outcome, Plan) else outcome
                 logger.info("job %s: %s", mine.job_id, how if held else "lost to another worker")
                 return
 
