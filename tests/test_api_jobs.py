@@ -14,7 +14,7 @@ from api_jobs import PLAN, TINY, opened, settings_for, wait_for
 from sqlalchemy import event, func, select
 from starlette.testclient import TestClient
 
-from horizonplan.api import create_app, database, queue
+from horizonplan.api import create_app, database, jobs, queue
 from horizonplan.api.server import Server
 
 BERT = {"kind": "BertConfig"}
@@ -334,6 +334,16 @@ def test_events_come_while_they_happen(app, tmp_path):
                 queue.succeed(connection, mine, PLAN, time.time())
             assert next_kind(stream) == "succeeded"
             assert stream.read() == b""  # it ends with the job
+
+
+def test_a_stream_without_events_says_that_it_is_there(app, monkeypatch):
+    monkeypatch.setattr(jobs, "_SILENT_SECONDS", 0.05)
+    with opened(app.state.settings) as store, served(app) as (port, _):
+        with store.write() as connection:
+            job_id = queue.submit(connection, json.dumps(TINY), 1, time.time())
+        with followed(port, job_id) as stream:
+            assert next_kind(stream) == "queued"
+            assert stream.readline().startswith(b":")
 
 
 def test_many_streams_hold_no_connections_and_end_with_the_server(app):

@@ -48,7 +48,7 @@ def test_answers_are_as_documented(tmp_path):
 
 @pytest.mark.slow
 def test_answers_are_as_documented_over_and_over(tmp_path):
-    assert len(tried(tmp_path, 300)) >= 7
+    assert len(tried(tmp_path, 150)) >= 7
 
 
 @pytest.mark.slow
@@ -57,7 +57,6 @@ def test_schemathesis_itself_finds_nothing(tmp_path, keys):
     """Its program with all checks and phases, as a stranger would run it, against a real server."""
     words = ["--config-file", ROOT / "schemathesis.toml", "run", "--checks", "all", "--max-examples", "30"]
     words += ["--no-color", "--seed", "1", "--generation-database", "none"]
-    words += ["--request-timeout", "3"]  # after which it stops to read a stream of events, which is no failure
     if keys:
         database = Database(f"sqlite:///{tmp_path}/served.sqlite3")
         database.upgrade()
@@ -65,7 +64,7 @@ def test_schemathesis_itself_finds_nothing(tmp_path, keys):
         database.close()
     with served(tmp_path, HORIZONPLAN_REQUIRE_KEYS=str(keys)) as (address, server):
         command = [Path(sys.executable).with_name("schemathesis"), *words, f"{address}/openapi.json"]
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
         assert server.poll() is None
     assert found.returncode == 0, found.stdout + found.stderr
     assert "No issues found" in found.stdout

@@ -228,7 +228,7 @@ def test_every_job_ends_once(empty):
 
 @pytest.mark.slow
 def test_every_job_ends_once_in_many_lives(empty):
-    live(empty, 300, 60)
+    live(empty, 200, 60)
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ import pytest
 from api_jobs import TINY
 from served import served
 
+from horizonplan.api import queue
+from horizonplan.api.database import Database
+
 pytestmark = pytest.mark.slow
 ASKED = {"depth": 4, "horizons": [1, 2, 3, 4], "memory_bytes": [1000, 1500, 2000, 2500], "cosine": [0.5, 0.8, 0.95, 1]}
 
@@ -23,6 +26,11 @@ def post(address, path, body):
     request = urllib.request.Request(address + path, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.status, json.load(answer)
+
+
+def database(folder):
+    """The database of a service."""
+    return Database(f"sqlite:///{folder}/served.sqlite3")
 
 
 def stop(process):
@@ -64,6 +72,21 @@ def test_it_ends_in_time_with_many_streams_and_a_job_that_runs(tmp_path):
         with urllib.request.urlopen(f"{address}/v1/jobs", timeout=10) as answer:
             assert [one["state"] for one in json.load(answer)["items"]] == ["queued", "queued"]  # it was handed back
         assert post(address, "/v1/jobs", TINY)[0] == 202
+
+
+def test_who_leaves_in_the_midst_of_a_stream_is_no_fault(tmp_path):
+    with served(tmp_path, HORIZONPLAN_JOBS__WORKERS="0") as (address, _), closing(database(tmp_path)) as store:
+        job_id = post(address, "/v1/jobs", TINY)[1]["id"]
+        with store.write() as connection:
+            mine = queue.claim(connection, "worker", 600.0, time.time())
+            for _ in range(150):
+                queue.progress(connection, mine, {"message": "on it"}, time.time())
+        for _ in range(100):
+            with ExitStack() as stack:
+                followed(stack, address, job_id)
+        with ExitStack() as stack:
+            followed(stack, address, job_id)  # it still answers
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def run(tmp_path, *words):
