@@ -82,12 +82,31 @@ def guarded(tmp_path):
         yield client, security.new_key(app.state.database, "mine")
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "summary"),
+    [
+        ("/plans", {"depth": "x"}, "Blocks: Give a number."),
+        ("/plans", {"depth": "12", "horizon": ["1", "z"]}, "Horizon, row 2: Give a number."),
+        ("/plans", {"node": "wide"}, "Memory of a node: Give a size, such as 24GiB or 512MB."),
+        ("/jobs", {"architecture": "residual-mlp", "architecture.in_features": "x"}, "In features: Give a number."),
+        ("/jobs", {"architecture": "residual-mlp", "batch_size": "x"}, "Batch size: Give a number."),
+    ],
+)
+def test_the_list_of_errors_names_fields_and_leads_to_them(client, path, fields, summary):
+    text = client.post(path, data=fields).text
+    shown = text.partition('role="alert"')[2].partition("</div>")[0]
+    told = {words: target for target, words in re.findall(r'<a href="#([^"]+)">([^<]+)</a>', shown)}
+    assert summary in told
+    assert f'id="{told[summary]}"' in text
+
+
 @pytest.mark.parametrize("wanted", ["/history", "/plans/a?epsilon=0.3&kind=accuracy", "/"])
 def test_signing_in_leads_to_where_somebody_wanted_to_go(guarded, wanted):
     client, key = guarded
     asked = client.get(wanted)
     assert asked.status_code == 401
     assert asked.headers["www-authenticate"] == "Bearer"
+    assert "Sign out" not in asked.text
     kept = html.unescape(re.search(r'name="wanted" value="([^"]*)"', asked.text).group(1))
     opened = client.post("/sign-in", data={"key": key, "wanted": kept}, follow_redirects=False)
     assert (opened.status_code, opened.headers["location"]) == (303, wanted)

@@ -230,6 +230,7 @@ def _home(request: Request, measurements: Form, job: Form, status: int = 200) ->
         "home.html",
         status,
         measurements=measurements,
+        name_in_words=page_forms.name_in_words,
         job=job,
         kinds={kind: page_forms.LABELS[kind] for kind in known},
         sizes=page_forms.sizes(known[job.texts["architecture"]]),

@@ -22,6 +22,16 @@ Fields = Mapping[str, Sequence[str]]
 
 ROWS, MORE_ROWS, MOST_ROWS = 6, 4, 64
 COLUMNS = {"horizons": "horizon", "memory_bytes": "memory", "cosine": "cosine"}
+NAMES = {
+    "depth": "Blocks",
+    "kind": "What is wanted",
+    "epsilon": "Loss of rate allowed",
+    "lam": "Weight of cost",
+    "limit": "Memory limit",
+    "cost": "How memory is paid for",
+    "node": "Memory of a node",
+    "price": "Price of a node",
+}
 LABELS = {
     "residual-mlp": "Residual MLP",
     "residual-cnn": "Residual CNN",
@@ -210,6 +220,16 @@ def place_job(form: Form, name: str, message: str, path: Sequence[str | int] = (
     if name.startswith(("objective", "cost")):
         name = dial_of(path or name.split("."))
     form.errors.setdefault(name if name in form.texts else "form", message)
+
+
+def name_in_words(name: str) -> str:
+    """What a field of a form is called in a list of errors; empty where the error says it."""
+    first, _, row = name.removeprefix("architecture.").partition("[")
+    if row:
+        return f"{first.capitalize()}, row {int(row[:-1]) + 1}"
+    if first in ("form", "table", "json"):
+        return ""
+    return NAMES.get(first, first.rpartition(".")[2].replace("_", " ").capitalize())
 
 
 def _from_json(form: Form) -> PlanRequest | None:
