@@ -6,6 +6,7 @@ The oracle is the API: a plan on the page is the plan of ``/v1``.
 import html
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.testclient import TestClient
@@ -60,6 +61,12 @@ def test_measurements_in_the_form_are_the_api_s_plan(client):
     plan_id = plan_of(client, client.post("/plans", data=FORM))
     by_api = client.post("/v1/plans", json=ASKED).json()
     assert fields_of(client, plan_id) == {name: value for name, value in by_api.items() if name not in EXTRA}
+
+
+def test_many_forms_at_once_are_all_answered(client):
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda _: client.post("/plans", data=FORM, follow_redirects=False), range(60)))
+    assert [answer.status_code for answer in answers] == [303] * 60
 
 
 def test_a_pasted_body_is_the_api_s_plan(client):
@@ -188,6 +195,9 @@ def test_the_charts_are_the_plan_s_numbers(client):
 
 def test_a_wrong_dial_is_told_and_nothing_changes(client):
     plan_id = client.post("/v1/plans", json=ASKED).json()["id"]
+    for name in ("epsilon", "lam", "price", "node", "limit"):
+        kind = {"lam": "weighted", "limit": "memory"}.get(name, "accuracy")
+        assert client.get(f"/plans/{plan_id}", params={"kind": kind, name: "9" * 400}).status_code == 422
     answer = client.get(f"/plans/{plan_id}", params={"epsilon": "2"})
     assert answer.status_code == 422
     assert re.search(r'id="e-d-epsilon"[^>]*>[^<]+<', answer.text)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,6 +42,7 @@ class Batches(Generic[Item, Result]):
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._making = asyncio.Lock()
+        self._threads = CapacityLimiter(_STAGES)  # of its own: those who wait for results may hold all others
 
     async def add(self, item: Item) -> Result:
         """Wait until an item's result is stored.
@@ -81,7 +82,7 @@ class Batches(Generic[Item, Result]):
 
     async def _made(self, items: list[Item]) -> Sequence[Result | Exception]:
         try:
-            return await run_in_threadpool(self._make, items) if items else []
+            return await to_thread.run_sync(self._make, items, limiter=self._threads) if items else []
         except Exception as error:
             return [error] * len(items)
 
@@ -89,7 +90,7 @@ class Batches(Generic[Item, Result]):
         made = [result for result in results if not isinstance(result, Exception)]
         try:
             if made:
-                await run_in_threadpool(self._store, made)
+                await to_thread.run_sync(self._store, made, limiter=self._threads)
         except Exception as error:
             return [result if isinstance(result, Exception) else error for result in results]
         return results

@@ -85,6 +85,7 @@ def measure(request: Request, fields: Sent) -> Response:
             page_forms.place_job(form, error.field, page_view.sentence(error.reason))
         except Problem as problem:
             form.errors["form"] = problem.detail
+            return _home(request, page_forms.empty_measurements(), form, problem.status_code)
     return _home(request, page_forms.empty_measurements(), form, 422)
 
 

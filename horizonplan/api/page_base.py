@@ -15,11 +15,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from horizonplan.api import page_view
-from horizonplan.api.problems import Problem
+from horizonplan.api.problems import Problem, of_database
 
 Fields = dict[str, list[str]]
 MOST_FIELDS = 1000
-BUSY = "The database is busy or away; nothing was stored. Try again in a moment."
 
 
 class PageRoute(APIRoute):
@@ -35,13 +34,11 @@ class PageRoute(APIRoute):
             except HTTPException as error:
                 if error.status_code == 401:
                     return sign_in_page(request, "", _wanted(request), dict(error.headers or {}))
-                response = render(request, "error.html", error.status_code, message=str(error.detail))
-                response.headers.update(error.headers or {})
-                return response
+                return _error_page(request, error)
             except RequestValidationError:
                 return render(request, "error.html", 422, message="This address makes no sense.")
-            except (DBAPIError, PoolTimeoutError):
-                return render(request, "error.html", 503, message=BUSY)
+            except (DBAPIError, PoolTimeoutError) as error:
+                return _error_page(request, of_database(request, error))
 
         return shown
 
@@ -81,6 +78,12 @@ def sign_in_page(request: Request, message: str, wanted: str, headers: Mapping[s
 def to(path: str) -> RedirectResponse:
     """Lead on to another address, to be read."""
     return RedirectResponse(path, 303)
+
+
+def _error_page(request: Request, error: HTTPException) -> Response:
+    response = render(request, "error.html", error.status_code, message=str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _wanted(request: Request) -> str:

@@ -95,6 +95,14 @@ def busy() -> Problem:
     return Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+def of_database(request: Request, error: Exception) -> Problem:
+    """The problem that an error of the database is."""
+    if isinstance(error, DBAPIError) and is_full(error):
+        return Problem(507, "The disk of the database is full; nothing was stored.", "full")
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return busy()
+
+
 def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
@@ -196,7 +204,4 @@ async def _infeasible(request: Request, error: Exception) -> Response:
 
 
 async def _database(request: Request, error: Exception) -> Response:
-    if isinstance(error, DBAPIError) and is_full(error):
-        return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
-    logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return problem_response(request, busy())
+    return problem_response(request, of_database(request, error))

@@ -7,6 +7,7 @@ A worker may die at any time: the job's process ends with it, and another worker
 A database that is locked or away is waited for.
 """
 
+import json
 import logging
 import os
 import signal
@@ -105,7 +106,7 @@ class Worker:
                 records, over = sandbox.read(_TICK_SECONDS)
                 for record in records:
                     if "progress" in record:
-                        told.append(record["progress"])
+                        told.append(_progress(record))
                     else:
                         outcome = _outcome(record)
             except (ValueError, KeyError, TypeError) as error:
@@ -205,6 +206,15 @@ def check(database: Database, settings: Settings) -> str | None:
     if last is not None and abs(now() - last) <= seconds:  # seen later than now: the clock was set back
         return None
     return f"no worker has been seen for {format_seconds(seconds)}"
+
+
+def _progress(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of how far a job is."""
+    said = record["progress"]
+    if not isinstance(said, dict):
+        raise TypeError(f"progress is a {type(said).__name__}")
+    json.dumps(said, allow_nan=False)  # as it will be stored
+    return said
 
 
 def _outcome(record: dict[str, Any]) -> Plan | Failure:

@@ -200,8 +200,16 @@ function follow(job) {
   let last = Number(list.dataset.last);
   const told = (kind) => (event) => {
     const data = JSON.parse(event.data);
-    if (Number(event.lastEventId) <= last) return;
-    last = Number(event.lastEventId);
+    if (Number(event.lastEventId) > last) {
+      last = Number(event.lastEventId);
+      show(kind, data);
+    }
+    if (!FINAL.includes(kind)) return;
+    source.close();
+    if (data.plan_id) location.replace(`/plans/${data.plan_id}`);
+    else location.reload();
+  };
+  const show = (kind, data) => {
     const item = document.createElement("li");
     const [time, word, words] = ["time", "b", "span"].map((tag) => document.createElement(tag));
     time.dateTime = data.time;
@@ -218,10 +226,6 @@ function follow(job) {
     } else {
       document.getElementById("job-state").textContent = kind === "requeued" ? "queued" : kind;
     }
-    if (!FINAL.includes(kind)) return;
-    source.close();
-    if (data.plan_id) location.replace(`/plans/${data.plan_id}`);
-    else location.reload();
   };
   source.addEventListener("open", () => (document.getElementById("job-lost").textContent = ""));
   source.addEventListener("error", () => {
@@ -280,16 +284,12 @@ document.addEventListener("htmx:afterSettle", (event) => {
 });
 let addressed;
 document.addEventListener("htmx:afterRequest", (event) => {
-  if (event.target.id !== "dials" || !event.detail.successful) return;
+  if (event.target.id !== "dials") return;
+  const failed = "The service did not answer. The choice shown is that of an earlier setting.";
+  document.getElementById("dials-failed").textContent = event.detail.successful ? "" : failed;
+  if (!event.detail.successful) return;
   clearTimeout(addressed); // browsers refuse addresses that change at every move
   addressed = setTimeout(() => history.replaceState(history.state, "", event.detail.pathInfo.finalRequestPath), 250);
 });
-for (const name of ["htmx:responseError", "htmx:sendError", "htmx:afterOnLoad"]) {
-  document.addEventListener(name, () => {
-    const place = document.getElementById("dials-failed");
-    const failed = name !== "htmx:afterOnLoad";
-    if (place) place.textContent = failed ? "The service did not answer. The choice shown is that of an earlier setting." : "";
-  });
-}
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 addEventListener("resize", fit);
