@@ -5,9 +5,9 @@ import shutil
 from contextlib import contextmanager
 
 from playwright.sync_api import sync_playwright
+from test_api_plans import ASKED
 
 import horizonplan as hp
-from tests.test_api_plans import ASKED
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 REFUSED = "Failed to load resource: the server responded with a status of 4"  # what a browser says of an error page

@@ -8,13 +8,13 @@ import json
 import re
 
 import pytest
+from api_jobs import TINY
+from browsing import PHONE, WIDE, choice, choice_of, chromium, posted, set_slider, stored, visits
 from playwright.sync_api import expect
+from served import served
+from test_api_plans import ASKED
 
 import horizonplan as hp
-from tests.api_jobs import TINY
-from tests.browsing import PHONE, WIDE, choice, choice_of, chromium, posted, set_slider, stored, visits
-from tests.served import served
-from tests.test_api_plans import ASKED
 
 pytestmark = pytest.mark.slow
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from api_jobs import TINY, settings_for, wait_for, working
+from browsing import choice, choice_of, chromium, posted, set_slider, stored, visits
 from playwright.sync_api import expect
+from test_api_plans import ASKED
 
 import horizonplan as hp
 from horizonplan.api import create_app, security, worker
-from tests.api_jobs import TINY, settings_for, wait_for, working
-from tests.browsing import choice, choice_of, chromium, posted, set_slider, stored, visits
-from tests.test_api_plans import ASKED
 
 HOSTILE = "<script>alert(1)</script>"
 USER = """

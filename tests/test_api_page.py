@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.testclient import TestClient
+from test_api_plans import ASKED, EXTRA
 
 import horizonplan as hp
 from horizonplan.api import Settings, create_app, page_dials, security
-from tests.test_api_plans import ASKED, EXTRA
 
 FORM = {
     "depth": "12",

@@ -9,7 +9,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from api_jobs import PLAN
 from starlette.testclient import TestClient
+from test_api_plans import ASKED
 
 import horizonplan as hp
 from horizonplan.api import Settings, create_app, plans, security
@@ -17,8 +19,6 @@ from horizonplan.api.page_charts import frontier
 from horizonplan.api.page_view import network_in_words
 from horizonplan.measured import Strided, plan_from_measurements
 from horizonplan.rows import Row
-from tests.api_jobs import PLAN
-from tests.test_api_plans import ASKED
 
 HOST = "http://localhost:8000"
 HOSTILE = "<script>alert(1)</script>\"'&"
