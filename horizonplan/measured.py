@@ -279,7 +279,7 @@ def _by_blocks(
 def _notes(rows: Sequence[Row], curves: Mapping[str, Curve], by_blocks: bool) -> tuple[str, ...]:
     """What the reader of a plan of foreign measurements should know."""
     inner = [row for row in rows if row.stride == 1][:-1]
-    notes = ["Made from given measurements: nothing was probed, and no prediction was tested."]
+    notes = ["Made from measurements that were given: no prediction was tested."]
     if derived := [row.horizon for row in inner if row.rate_source == "derived"]:
         notes.append(DERIVED.format(where="any horizon" if len(derived) == len(inner) else f"h={derived}"))
     if any(row.stride > 1 and row.rate is None for row in rows):

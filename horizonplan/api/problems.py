@@ -37,7 +37,7 @@ ABOUT = {
     422: "The values cannot be used; `errors` names the fields.",
     429: "Too much was asked for; come again later.",
     500: "The service has a fault.",
-    503: "The database is busy or away; come again later.",
+    503: "The service is busy, or its database away; come again later.",
     507: "The disk is full.",
 }
 
