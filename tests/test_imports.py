@@ -13,7 +13,7 @@ LINKS = ("api", "probes")
 # From the bottom of the library to its surface. A name may import from the lines above its own, and from what stands
 # left of it in its own line. All files of a package (algorithms, probes, ...) stand where the package does.
 LINES = [
-    "units batch projection progress models",
+    "units batch projection progress models rates",
     "schedule",
     "chain",
     "gradient",

@@ -1,0 +1,232 @@
+"""A race between candidates whose rates are measured by running them: who goes on, how far, and when it is over.
+
+No model in here: a :class:`Track` runs candidates and tells prices, ``choose`` says which candidate would be taken if
+the rates were such and such. A candidate whose rate lies in an interval matters if it would be chosen with its upper
+end while all others have their lower ends; only those that matter run. All start with few steps, the steps double,
+the same runs go on. What is left of the budget is shared out evenly over the rounds to come, so the fewer are left
+the further they run (successive halving), and where not all of those that matter can be paid for, the best do.
+
+A short run says little about a longer one: small horizons keep up early and fall behind later. So the interval of a
+rate grows with every doubling that lies between its steps and the goal.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from horizonplan.rates import jackknife, relative_rate, tail_of
+
+Who = tuple[int, int]
+Choose = Callable[[Mapping[Who, float | None]], Who | None]
+
+FIRST_STEPS = 4
+DRIFT = 0.1  # what a rate may change by with each doubling of the steps (docs/log.md)
+ERRORS = 2.0  # standard errors either way
+ORDERS = 3
+FAR = 1e3  # beyond any rate
+
+
+class Track(Protocol):
+    """Runs candidates; ``None`` stands for back-propagation, which every rate is relative to."""
+
+    spent: float
+
+    def price(self, who: Who | None, steps: int, order: int) -> float:
+        """What it would take to bring a candidate to so many steps, in the budget's unit."""
+
+    def advance(self, who: Who | None, steps: int, order: int) -> Sequence[float]:
+        """Bring a candidate to so many steps in all; its losses, NaN where it diverged."""
+
+    def start(self, steps: int, order: int) -> Sequence[float]:
+        """Losses of the initial weights on the last batches of so many steps; paid for with back-propagation."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of one candidate.
+
+    Attributes:
+        rates: one an order of the data, after ``steps`` steps.
+        errors: their standard errors over the last batches.
+        steps: steps it has run; 0: none.
+        earlier: its rate and standard error (or ``None``) after half the steps, in the first order.
+        diverged: whether its loss ceased to be finite.
+    """
+
+    rates: tuple[float, ...] = ()
+    errors: tuple[float | None, ...] = ()
+    steps: int = 0
+    earlier: tuple[float, float | None] | None = None
+    diverged: bool = False
+
+    @property
+    def rate(self) -> float | None:
+        """The mean over orders; ``None`` where there is none."""
+        known = [rate for rate in self.rates if math.isfinite(rate)]
+        return statistics.fmean(known) if known and not self.diverged else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of ``rate``: over the last batches, and over orders where there are several."""
+        known = [(r, e or 0.0) for r, e in zip(self.rates, self.errors, strict=True) if math.isfinite(r)]
+        if not known or (len(known) == 1 and self.errors[0] is None):
+            return None
+        within = math.sqrt(statistics.fmean([e * e for _, e in known]))
+        between = statistics.stdev([r for r, _ in known]) if len(known) > 1 else 0.0
+        return max(within, between) / math.sqrt(len(known))
+
+    @property
+    def falling(self) -> float:
+        """By how much the rate fell in the last doubling beyond its error; 0 where it did not."""
+        if self.earlier is None or not self.rates or self.rate is None or not math.isfinite(self.earlier[0]):
+            return 0.0
+        error = ERRORS * math.hypot(self.errors[0] or 0.0, self.earlier[1] or 0.0)
+        fall = self.earlier[0] - self.rates[0]
+        return fall if fall > error else 0.0
+
+    def interval(self, goal: int) -> tuple[float, float]:
+        """Where its rate after ``goal`` steps may lie."""
+        if self.rate is None or not self.steps:
+            return -FAR, FAR
+        margin = ERRORS * (self.stderr or 0.0) + DRIFT * max(0.0, math.log2(goal / self.steps))
+        return self.rate - margin, self.rate + margin
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a race ended.
+
+    Attributes:
+        standings: of every candidate.
+        steps: steps that rates are compared at.
+        rivals: candidates that might still be chosen; one or none where the race is decided.
+        exact_fell: whether back-propagation lowered its own loss, without which there are no rates.
+        spent: what it took.
+    """
+
+    standings: Mapping[Who, Standing]
+    steps: int
+    rivals: tuple[Who, ...]
+    exact_fell: bool
+    spent: float
+
+    def rates(self) -> dict[Who, float | None]:
+        """The rates to choose by: what did not come as far as the others counts with its interval's lower end."""
+        return {who: _assumed(standing, self.steps) for who, standing in self.standings.items()}
+
+
+@dataclass
+class _Race:
+    track: Track
+    choose: Choose
+    budget: float
+    goal: int
+    standings: dict[Who, Standing]
+    prior: Mapping[Who, float]
+    exact: dict[int, Sequence[float]] = field(default_factory=dict)
+
+    def rivals(self) -> list[Who]:
+        """Those that matter, the most promising first."""
+        low = {who: self._end(who, 0) for who in self.standings}
+        matter = [who for who in low if self.choose({**low, who: self._end(who, 1)}) == who]
+        return [who for who in self._ranked() if who in matter]
+
+    def _end(self, who: Who, end: int) -> float | None:
+        standing = self.standings[who]
+        return None if standing.diverged else standing.interval(self.goal)[end]
+
+    def _ranked(self) -> list[Who]:
+        """In the order in which they would be chosen if those before were not there; the hopeless by their rates."""
+        rates = {who: self.prior.get(who) if s.rate is None else s.rate for who, s in self.standings.items()}
+        rates = {who: None if self.standings[who].diverged else rate for who, rate in rates.items()}
+        ranked = []
+        while (best := self.choose(rates)) is not None:
+            ranked.append(best)
+            rates[best] = None
+        rest = [who for who in self.standings if who not in ranked]
+        return ranked + sorted(rest, key=lambda who: -FAR if rates[who] is None else rates[who] or 0.0, reverse=True)
+
+    def round(self, wanted: Iterable[Who], steps: int, order: int, allowance: float) -> bool:
+        """Bring candidates to so many steps in one order of the data while the allowance lasts; whether any came."""
+        due = [who for who in wanted if self._price(who, steps, order) > 0]
+        exact = self.track.price(None, steps, order)
+        left = self.budget - self.track.spent
+        first = min((self._price(who, steps, order) for who in due[:1]), default=0.0)
+        if not due or exact + first > left:
+            return False
+        limit = self.track.spent + max(min(allowance, left), exact + first)
+        self.exact[order] = self.track.advance(None, steps, order)
+        for who in due:
+            if self.track.spent + self._price(who, steps, order) <= limit:
+                self._advance(who, steps, order)
+        return True
+
+    def _price(self, who: Who, steps: int, order: int) -> float:
+        return self.track.price(who, steps, order)
+
+    def _advance(self, who: Who, steps: int, order: int) -> None:
+        losses, old = self.track.advance(who, steps, order), self.standings[who]
+        rate, error = self._rate(losses, steps, order)
+        rates, errors = [*old.rates[:order], rate], [*old.errors[:order], error]
+        half = steps // 2
+        earlier = old.earlier
+        if order == 0:
+            earlier = self._rate(losses, half, 0) if half >= FIRST_STEPS else None
+        diverged = old.diverged or not math.isfinite(losses[-1])
+        self.standings[who] = Standing(tuple(rates), tuple(errors), steps, earlier, diverged)
+
+    def _rate(self, losses: Sequence[float], steps: int, order: int) -> tuple[float, float | None]:
+        tail, start = tail_of(steps), self.track.start(steps, order)
+        series = losses[steps - tail : steps], self.exact[order][steps - tail : steps], start
+        return relative_rate(*series), jackknife(*series)
+
+
+def race(
+    candidates: Mapping[Who, float | None],
+    track: Track,
+    choose: Choose,
+    budget: float,
+    goal: int,
+    first: int = FIRST_STEPS,
+    orders: int = ORDERS,
+) -> Outcome:
+    """Run candidates until it is clear which would be chosen, or the budget is spent.
+
+    Args:
+        candidates: who may run, with a rate to expect, by which they are ranked before they have run.
+        track: what runs them.
+        choose: the candidate that would be taken at given rates (``None``: it has none), or ``None`` if none would.
+        budget: what it may take, back-propagation's own run included; never exceeded.
+        goal: steps after which rates are compared. Where the best one's rate is still falling then, and the budget
+            allows, it is doubled.
+        first: steps of the first round.
+        orders: orders of the data that are tried where one does not decide it.
+    """
+    prior = {who: rate for who, rate in candidates.items() if rate is not None}
+    here = _Race(track, choose, budget, goal, {who: Standing() for who in candidates}, prior)
+    steps, order = min(first, goal), 0
+    while True:
+        rivals = here.rivals()
+        rounds = 1 + max(0, math.ceil(math.log2(here.goal / steps)))
+        moved = here.round(rivals, steps, order, (budget - track.spent) / rounds)
+        if steps < here.goal:
+            steps = min(2 * steps, here.goal)
+            continue
+        rivals = here.rivals()
+        behind = [who for who in rivals if here.standings[who].steps < here.goal]
+        if behind and moved:
+            order = 0
+            continue
+        if len(rivals) > 1 and not behind and order + 1 < orders and moved:
+            order += 1
+            continue
+        if not _longer(here, rivals):
+            break
+        here.goal, order = 2 * here.goal, 0
+        steps = here.goal
+    fell = 0 in here.exact and _fell(here, track)
+    return Outcome(dict(here.standings), here.goal, tuple(here.rivals()), fell, track.spent)
