@@ -96,22 +96,34 @@ def choose_stride(
 ) -> tuple[Row, list[str]]:
     """The better of the strides tried at one horizon, and what to note about it.
 
-    The objective decides; where it does not, the measured rate does (rates within two standard errors
-    count as equal), then fewer FLOPs. If none meets the objective, the one with the largest rate is taken.
+    As :func:`choose_rated`; if none meets the objective, the one with the largest rate is taken.
     """
     tried = [find(rows, *pair) for pair in pairs]
     tried = [row for row in tried if row.fits is not False] or tried
     rates = {row: row.rate for row in tried if row.rate is not None}  # what diverged is out, whatever is asked for
     if not rates:
         return tried[0], [NO_RATE]
-    fastest = max(rates, key=rates.__getitem__)
     try:
-        best = select([replace(row, reference=False) for row in rates], objective, cost).objective
+        best = choose_rated([replace(row, reference=False) for row in rates], objective, cost)
     except InfeasibleError:
-        return fastest, []
-    equal = [row for row in rates if row.feasible and row.objective == best]
-    leader = max(equal, key=rates.__getitem__)
-    return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0), []
+        return max(rates, key=rates.__getitem__), []
+    return find(tried, best.horizon, best.stride), []
+
+
+def choose_rated(rows: Sequence[Row], objective: Objective, cost: Cost) -> Row:
+    """The best row by what was measured: the objective decides, then the rate, then fewer FLOPs.
+
+    Rates within two standard errors count as equal. Rows without a rate and references are out.
+
+    Raises:
+        InfeasibleError: none meets the objective.
+        ValueError: none has a rate.
+    """
+    rated = [row for row in rows if row.rate is not None and not row.reference]
+    best = select(rated, objective, cost)
+    equal = [row for row in evaluate(rated, objective, cost) if row.feasible and row.objective == best.objective]
+    leader = max(equal, key=lambda row: row.rate or 0.0)
+    return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0)
 
 
 def first_that_fits(rows: Sequence[Row], pairs: Sequence[tuple[int, int]]) -> Row:

@@ -18,8 +18,9 @@ from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, seeded, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.choice import Judge, choose_horizon, shortfall_notes
+from horizonplan.contest import best_rated, decide_by_rollouts
 from horizonplan.cost import Cost
-from horizonplan.decide import decide_memory, decide_stride
+from horizonplan.decide import decide_memory, decide_stride, next_best
 from horizonplan.devices import ASSUMED, Calibration, Card, check_calibration, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
@@ -28,6 +29,7 @@ from horizonplan.plan import Plan
 from horizonplan.probes.budget import Budget, available_bytes, taken
 from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.nvml import FALLBACKS, read
+from horizonplan.probes.runs import Stream
 from horizonplan.probes.steady import Optimize
 from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
@@ -63,6 +65,8 @@ def plan_horizon(
     probe_steps: float = 60,
     cosine_from: CosineFrom | None = None,
     calibration: Calibration = ASSUMED,
+    accuracy: str = "cosine",
+    rollout_budget: float = 400,
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
@@ -86,7 +90,8 @@ def plan_horizon(
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
         candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
         strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
-        rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2.
+        rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2. With
+            ``accuracy="rollout"`` the steps after which rates are compared, or more.
         horizons: where to measure first; ``None``: four, spread over 1..T.
         batches: batches for the cosine; memory and time are measured on the largest of them.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
@@ -101,6 +106,10 @@ def plan_horizon(
         cosine_from: for a simulated device: where cosines come from. A :class:`Plan` that was measured, or a
             reduced model (or a pair of model and data) to measure; by the part h/T of the depth.
         calibration: for a simulated device: what its context, libraries and allocator take.
+        accuracy: where rates come from. ``"cosine"``: the paper's model cos^2 chooses h, and short runs the stride.
+            ``"rollout"``: every candidate that may win is run for a few steps, and those that still may for more
+            (:func:`horizonplan.racing.race`).
+        rollout_budget: what those runs may take, in steps of back-propagation; never exceeded.
 
     Raises:
         InfeasibleError: no candidate meets the objective; ``.nearest`` is the row that misses it by least.
@@ -109,6 +118,7 @@ def plan_horizon(
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
     _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
+    _check_rollouts(accuracy, rollout_steps, rollout_budget)
     check_calibration(calibration)
     refuse_wrappers(model)
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
@@ -141,13 +151,18 @@ def plan_horizon(
         probing = Probing(chain, sample, optimizer, limit, flops)
         report(f"memory and cosine at {len(places)} horizons")
         judge = replace(judge, node_bytes=_node_bytes(place, card))
-        found = settle(probing, judge, places, probe_steps)
-        chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
-        report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
-        order = taken(loader, rollout_steps) if rollout_steps else []
-        decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
+        by_rollouts = accuracy == "rollout"
+        found = settle(probing, judge, places, 0 if by_rollouts else probe_steps)
+        if by_rollouts:
+            report(f"rollouts of up to {rollout_steps} steps or more")
+            decision = decide_by_rollouts(probing, found, Stream(loader), rollout_steps, rollout_budget, seed)
+        else:
+            chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
+            report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
+            order = taken(loader, rollout_steps) if rollout_steps else []
+            decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
         report("memory of the choice")
-        decision = decide_memory(probing, found.judge, decision)
+        decision = decide_memory(probing, found.judge, decision, best_rated if by_rollouts else next_best)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
@@ -201,6 +216,15 @@ def _check(
             raise ValueError(f"{name}={count!r}: give a whole number >= {least}.")
     if isinstance(probe_steps, bool) or not isinstance(probe_steps, int | float) or not probe_steps >= 0:
         raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
+
+
+def _check_rollouts(accuracy: str, rollout_steps: int, rollout_budget: float) -> None:
+    if accuracy not in ("cosine", "rollout"):
+        raise ValueError(f"accuracy={accuracy!r}: give 'cosine' or 'rollout'.")
+    if isinstance(rollout_budget, bool) or not isinstance(rollout_budget, int | float) or not rollout_budget >= 0:
+        raise ValueError(f"rollout_budget={rollout_budget!r}: give a number of back-propagation steps >= 0.")
+    if accuracy == "rollout" and rollout_steps < 1:
+        raise ValueError(f"rollout_steps={rollout_steps!r}: give at least 1 with accuracy='rollout'.")
 
 
 def _chain(

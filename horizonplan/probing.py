@@ -23,7 +23,7 @@ from horizonplan.probes import Flops
 from horizonplan.probes.budget import recover
 from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.cosine import Cosines
-from horizonplan.probes.memory import COUNTED_STEPS, FAILED, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
+from horizonplan.probes.memory import COUNTED_STEPS, FAILED, OUT_OF_MEMORY, WARM_STEPS, Value, attempt, largest
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 from horizonplan.schedule import Schedule
@@ -135,12 +135,27 @@ class Probing:
 
         found, reason = self._thriftily(run)
         if found is None:
-            self.no_rates = (
-                f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
-            )
+            self._say_no_rates(reason)
         return found or []
 
-    def _thriftily(self, run: Callable[[Frugal], Callable[[], list[Sample]]]) -> tuple[list[Sample] | None, str]:
+    def raced(self, run: Callable[[Frugal], Value]) -> Value | None:
+        """What comes of a race of real runs in the first way that does not run out of memory.
+
+        ``None`` where there is no such way; ``no_rates`` then says why.
+        """
+
+        def plainly(way: Frugal) -> Callable[[], Value]:
+            return partial(run, way if way.limit_bytes is not None else Frugal(self.profile))
+
+        found, reason = self._thriftily(plainly)
+        if found is None:
+            self._say_no_rates(reason)
+        return found
+
+    def _say_no_rates(self, reason: str) -> None:
+        self.no_rates = f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
+
+    def _thriftily(self, run: Callable[[Frugal], Callable[[], Value]]) -> tuple[Value | None, str]:
         """What runs in the first way that does not run out of memory; or ``None`` and why there is none."""
         reason = ""
         for way in self.frugal.levels(batch_size(self.biggest)):

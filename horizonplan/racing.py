@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from horizonplan.rates import jackknife, relative_rate, tail_of
@@ -33,10 +33,12 @@ FAR = 1e3  # beyond any rate
 class Track(Protocol):
     """Runs candidates; ``None`` stands for back-propagation, which every rate is relative to."""
 
-    spent: float
+    @property
+    def spent(self) -> float:
+        """What all of it has taken so far, in the budget's unit."""
 
     def price(self, who: Who | None, steps: int, order: int) -> float:
-        """What it would take to bring a candidate to so many steps, in the budget's unit."""
+        """What it would take to bring a candidate to so many steps."""
 
     def advance(self, who: Who | None, steps: int, order: int) -> Sequence[float]:
         """Bring a candidate to so many steps in all; its losses, NaN where it diverged."""
@@ -102,7 +104,7 @@ class Outcome:
 
     Attributes:
         standings: of every candidate.
-        steps: steps that rates are compared at.
+        steps: the most that any has run; rates are compared there.
         rivals: candidates that might still be chosen; one or none where the race is decided.
         exact_fell: whether back-propagation lowered its own loss, without which there are no rates.
         spent: what it took.
@@ -114,9 +116,12 @@ class Outcome:
     exact_fell: bool
     spent: float
 
-    def rates(self) -> dict[Who, float | None]:
-        """The rates to choose by: what did not come as far as the others counts with its interval's lower end."""
-        return {who: _assumed(standing, self.steps) for who, standing in self.standings.items()}
+    def rate(self, who: Who) -> float | None:
+        """The rate to choose by: one that did not come as far as others counts with its interval's lower end."""
+        standing = self.standings[who]
+        return (
+            standing.rate if standing.steps == self.steps or standing.rate is None else standing.interval(self.steps)[0]
+        )
 
 
 @dataclass
@@ -150,38 +155,54 @@ class _Race:
         rest = [who for who in self.standings if who not in ranked]
         return ranked + sorted(rest, key=lambda who: -FAR if rates[who] is None else rates[who] or 0.0, reverse=True)
 
-    def round(self, wanted: Iterable[Who], steps: int, order: int, allowance: float) -> bool:
-        """Bring candidates to so many steps in one order of the data while the allowance lasts; whether any came."""
-        due = [who for who in wanted if self._price(who, steps, order) > 0]
-        exact = self.track.price(None, steps, order)
+    def due(self, rivals: Iterable[Who], steps: int, order: int) -> list[Who]:
+        """Which of them have not run so far in so many orders."""
+        return [who for who in rivals if self._price(who, steps, order) > 0]
+
+    def round(self, due: Sequence[Who], steps: int, order: int, share: float) -> bool:
+        """Bring candidates to so many steps in orders 0 to ``order`` while the share lasts; whether any came.
+
+        One at least comes where the budget allows.
+        """
         left = self.budget - self.track.spent
-        first = min((self._price(who, steps, order) for who in due[:1]), default=0.0)
-        if not due or exact + first > left:
+        exact = self._price(None, steps, order)
+        if not due or exact + self._price(due[0], steps, order) > left:
             return False
-        limit = self.track.spent + max(min(allowance, left), exact + first)
-        self.exact[order] = self.track.advance(None, steps, order)
+        limit = self.track.spent + min(left, max(share, exact + self._price(due[0], steps, order)))
+        for k in range(order + 1):
+            self.exact[k] = self.track.advance(None, steps, k)
         for who in due:
             if self.track.spent + self._price(who, steps, order) <= limit:
                 self._advance(who, steps, order)
         return True
 
-    def _price(self, who: Who, steps: int, order: int) -> float:
-        return self.track.price(who, steps, order)
+    def exact_fell(self) -> bool:
+        """Whether back-propagation's loss is below that of the initial weights."""
+        if 0 not in self.exact:
+            return False
+        steps = len(self.exact[0])
+        tail = self.exact[0][-tail_of(steps) :]
+        return statistics.fmean(tail) < statistics.fmean(self.track.start(steps, 0))
+
+    def _price(self, who: Who | None, steps: int, order: int) -> float:
+        return sum(self.track.price(who, steps, k) for k in range(order + 1))
 
     def _advance(self, who: Who, steps: int, order: int) -> None:
-        losses, old = self.track.advance(who, steps, order), self.standings[who]
-        rate, error = self._rate(losses, steps, order)
-        rates, errors = [*old.rates[:order], rate], [*old.errors[:order], error]
-        half = steps // 2
-        earlier = old.earlier
-        if order == 0:
-            earlier = self._rate(losses, half, 0) if half >= FIRST_STEPS else None
-        diverged = old.diverged or not math.isfinite(losses[-1])
-        self.standings[who] = Standing(tuple(rates), tuple(errors), steps, earlier, diverged)
+        rates = []
+        for k in range(order + 1):
+            losses = self.track.advance(who, steps, k)
+            if not math.isfinite(losses[-1]):
+                self.standings[who] = replace(self.standings[who], diverged=True)
+                return
+            rates.append(self._rate(losses, steps, k))
+            if k == 0:
+                earlier = self._rate(losses, steps // 2, 0) if steps >= 2 * FIRST_STEPS else None
+        values, errors = zip(*rates, strict=True)
+        self.standings[who] = Standing(values, errors, steps, earlier)
 
     def _rate(self, losses: Sequence[float], steps: int, order: int) -> tuple[float, float | None]:
-        tail, start = tail_of(steps), self.track.start(steps, order)
-        series = losses[steps - tail : steps], self.exact[order][steps - tail : steps], start
+        last = slice(steps - tail_of(steps), steps)
+        series = losses[last], self.exact[order][last], self.track.start(steps, order)
         return relative_rate(*series), jackknife(*series)
 
 
@@ -209,24 +230,21 @@ def race(
     prior = {who: rate for who, rate in candidates.items() if rate is not None}
     here = _Race(track, choose, budget, goal, {who: Standing() for who in candidates}, prior)
     steps, order = min(first, goal), 0
-    while True:
-        rivals = here.rivals()
-        rounds = 1 + max(0, math.ceil(math.log2(here.goal / steps)))
-        moved = here.round(rivals, steps, order, (budget - track.spent) / rounds)
+    while rivals := here.rivals():
+        due = here.due(rivals, steps, order)
+        rounds = 1 + math.ceil(math.log2(here.goal / steps))
+        moved = here.round(due, steps, order, (budget - track.spent) / rounds)
         if steps < here.goal:
             steps = min(2 * steps, here.goal)
-            continue
-        rivals = here.rivals()
-        behind = [who for who in rivals if here.standings[who].steps < here.goal]
-        if behind and moved:
-            order = 0
-            continue
-        if len(rivals) > 1 and not behind and order + 1 < orders and moved:
-            order += 1
-            continue
-        if not _longer(here, rivals):
+        elif due and not (moved and here.exact_fell()):
             break
-        here.goal, order = 2 * here.goal, 0
-        steps = here.goal
-    fell = 0 in here.exact and _fell(here, track)
-    return Outcome(dict(here.standings), here.goal, tuple(here.rivals()), fell, track.spent)
+        elif due:
+            continue
+        elif len(rivals) > 1 and order + 1 < orders:
+            order += 1
+        elif here.standings[rivals[0]].falling:
+            here.goal, steps, order = 2 * here.goal, 2 * here.goal, 0
+        else:
+            break
+    reached = max((s.steps for s in here.standings.values()), default=0)
+    return Outcome(here.standings, reached, tuple(rivals), here.exact_fell(), track.spent)

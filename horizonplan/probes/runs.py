@@ -176,7 +176,7 @@ class Runs:
 
 
 def _saved(chain: Chain, optimizer: Optimizer) -> Any:
-    """Weights, buffers, random state and the optimiser's state, in the host's memory; it is taken from the optimiser."""
+    """Weights, buffers, random state and the optimiser's state, which is taken from it, in the host's memory."""
     values = [host_copy(p) for p in chain.model.parameters()]
     modules = list(chain.model.modules())
     buffers = [
