@@ -85,7 +85,7 @@ def decide_by_rollouts(
     """
     judge, rows = found.judge, found.rows
     outcome = probing.raced(lambda way: _race(probing, judge, rows, stream, steps, budget, seed, way))
-    if outcome is None or not outcome.exact_fell:
+    if outcome is None or (outcome.rivals and not outcome.exact_fell):
         chosen = choose_horizon(rows, judge.objective, judge.price(rows))
         rows, chosen = judge.swapped(rows, chosen, with_derived_rate(chosen))
         told = NO_FALL if outcome and outcome.steps else NO_ROOM.format(budget)
@@ -184,6 +184,8 @@ def _samples(outcome: Outcome) -> list[Sample]:
 
 
 def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], budget: float) -> list[str]:
+    if not outcome.steps:
+        return ["No rollout was needed: no candidate's rate could change the choice."]
     ran = [s for s in outcome.standings.values() if s.steps or s.diverged]
     far = [s for s in ran if s.steps == outcome.steps]
     told = [

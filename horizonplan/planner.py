@@ -40,6 +40,7 @@ from horizonplan.settle import settle
 
 logger = logging.getLogger("horizonplan")
 
+ROLLOUT_STEPS, RACE_STEPS = 50, 128  # docs/log.md, "Rates: short runs promise too much"
 DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
 
 
@@ -53,7 +54,7 @@ def plan_horizon(
     cost: Cost | None = None,
     candidates: str = "horizons",
     strides: Sequence[Stride] = (1, "horizon"),
-    rollout_steps: int = 50,
+    rollout_steps: int | None = None,
     horizons: Sequence[int] | None = None,
     batches: int = 4,
     optimizer: Optimize | None = None,
@@ -66,7 +67,7 @@ def plan_horizon(
     cosine_from: CosineFrom | None = None,
     calibration: Calibration = ASSUMED,
     accuracy: str = "cosine",
-    rollout_budget: float = 400,
+    rollout_budget: float = 800,
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
@@ -91,7 +92,7 @@ def plan_horizon(
         candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
         strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
         rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2. With
-            ``accuracy="rollout"`` the steps after which rates are compared, or more.
+            ``accuracy="rollout"`` the steps after which rates are compared, or more. ``None``: 50, or 128.
         horizons: where to measure first; ``None``: four, spread over 1..T.
         batches: batches for the cosine; memory and time are measured on the largest of them.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
@@ -117,6 +118,8 @@ def plan_horizon(
         torch.OutOfMemoryError: not even one block at a time fits the device.
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
+    if rollout_steps is None:
+        rollout_steps = RACE_STEPS if accuracy == "rollout" else ROLLOUT_STEPS
     _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
     _check_rollouts(accuracy, rollout_steps, rollout_budget)
     check_calibration(calibration)
@@ -126,6 +129,8 @@ def plan_horizon(
     room = Room(as_memory=memory == "nvml")
     judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
     if card is not None and card.kind == "simulated":
+        if accuracy != "cosine":
+            raise ValueError("accuracy='rollout': nothing can be run on a simulated device; leave it out.")
         with _own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
     if cosine_from is not None:

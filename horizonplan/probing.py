@@ -143,11 +143,7 @@ class Probing:
 
         ``None`` where there is no such way; ``no_rates`` then says why.
         """
-
-        def plainly(way: Frugal) -> Callable[[], Value]:
-            return partial(run, way if way.limit_bytes is not None else Frugal(self.profile))
-
-        found, reason = self._thriftily(plainly)
+        found, reason = self._thriftily(lambda way: partial(run, way))
         if found is None:
             self._say_no_rates(reason)
         return found

@@ -7,7 +7,8 @@ the same runs go on. What is left of the budget is shared out evenly over the ro
 the further they run (successive halving), and where not all of those that matter can be paid for, the best do.
 
 A short run says little about a longer one: small horizons keep up early and fall behind later. So the interval of a
-rate grows with every doubling that lies between its steps and the goal.
+rate grows with every doubling that lies between its steps and the goal. Rates are expected to grow with the horizon
+at like strides, give or take ``SLACK``: what ran bounds what did not, and not every horizon needs to run.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from horizonplan.rates import jackknife, relative_rate, tail_of
 Who = tuple[int, int]
 Choose = Callable[[Mapping[Who, float | None]], Who | None]
 
-FIRST_STEPS = 4
-DRIFT = 0.1  # what a rate may change by with each doubling of the steps (docs/log.md)
+ROUNDS = 3  # so the first one takes a quarter of the goal's steps: shorter runs mislead (docs/log.md)
+DRIFT = 0.1  # what a rate may change by with each doubling of the steps
+SLACK = 0.1  # by which a larger horizon's rate may be below a smaller one's, at like strides
 ERRORS = 2.0  # standard errors either way
 ORDERS = 3
 FAR = 1e3  # beyond any rate
@@ -136,24 +138,40 @@ class _Race:
 
     def rivals(self) -> list[Who]:
         """Those that matter, the most promising first."""
-        low = {who: self._end(who, 0) for who in self.standings}
-        matter = [who for who in low if self.choose({**low, who: self._end(who, 1)}) == who]
-        return [who for who in self._ranked() if who in matter]
+        within = self._intervals()
+        low = {who: None if s.diverged else within[who][0] for who, s in self.standings.items()}
+        runs = [who for who, end in low.items() if end is not None]
+        matter = {who for who in runs if self.choose({**low, who: within[who][1]}) == who}
+        return [who for who in self._ranked(within) if who in matter]
 
-    def _end(self, who: Who, end: int) -> float | None:
-        standing = self.standings[who]
-        return None if standing.diverged else standing.interval(self.goal)[end]
+    def _intervals(self) -> dict[Who, tuple[float, float]]:
+        """Where rates at the goal may lie, by their own runs and those of other horizons at like strides."""
+        own = {who: standing.interval(self.goal) for who, standing in self.standings.items()}
+        ran = [who for who, standing in self.standings.items() if standing.rate is not None]
+        found = {}
+        for who, (low, high) in own.items():
+            for other in ran:
+                if other[0] < who[0] and _alike(other, who):
+                    low = max(low, min(high, own[other][0] - SLACK))
+                elif other[0] > who[0] and _alike(other, who):
+                    high = min(high, max(low, own[other][1] + SLACK))
+            found[who] = low, high
+        return found
 
-    def _ranked(self) -> list[Who]:
+    def _ranked(self, within: Mapping[Who, tuple[float, float]]) -> list[Who]:
         """In the order in which they would be chosen if those before were not there; the hopeless by their rates."""
-        rates = {who: self.prior.get(who) if s.rate is None else s.rate for who, s in self.standings.items()}
-        rates = {who: None if self.standings[who].diverged else rate for who, rate in rates.items()}
-        ranked = []
-        while (best := self.choose(rates)) is not None:
-            ranked.append(best)
-            rates[best] = None
-        rest = [who for who in self.standings if who not in ranked]
-        return ranked + sorted(rest, key=lambda who: -FAR if rates[who] is None else rates[who] or 0.0, reverse=True)
+        rates = {who: None if s.diverged else self._expected(who, within[who]) for who, s in self.standings.items()}
+        order, left = [], dict(rates)
+        while (best := self.choose(left)) is not None:
+            order.append(best)
+            left[best] = None
+        return order + sorted(set(rates) - set(order), key=lambda who: (-(rates[who] or -FAR), who))
+
+    def _expected(self, who: Who, within: tuple[float, float]) -> float:
+        rate = self.standings[who].rate
+        if rate is None and within == (-FAR, FAR):
+            return self.prior.get(who, 0.0)
+        return statistics.fmean(within) if rate is None else rate
 
     def due(self, rivals: Iterable[Who], steps: int, order: int) -> list[Who]:
         """Which of them have not run so far in so many orders."""
@@ -196,7 +214,7 @@ class _Race:
                 return
             rates.append(self._rate(losses, steps, k))
             if k == 0:
-                earlier = self._rate(losses, steps // 2, 0) if steps >= 2 * FIRST_STEPS else None
+                earlier = self._rate(losses, steps // 2, 0) if steps > 1 else None
         values, errors = zip(*rates, strict=True)
         self.standings[who] = Standing(values, errors, steps, earlier)
 
@@ -206,13 +224,18 @@ class _Race:
         return relative_rate(*series), jackknife(*series)
 
 
+def _alike(one: Who, other: Who) -> bool:
+    """Whether two strides are the same, in blocks or as parts of the horizon."""
+    return one[1] == other[1] or (one[0] == one[1] and other[0] == other[1])
+
+
 def race(
     candidates: Mapping[Who, float | None],
     track: Track,
     choose: Choose,
     budget: float,
     goal: int,
-    first: int = FIRST_STEPS,
+    first: int | None = None,
     orders: int = ORDERS,
 ) -> Outcome:
     """Run candidates until it is clear which would be chosen, or the budget is spent.
@@ -224,12 +247,12 @@ def race(
         budget: what it may take, back-propagation's own run included; never exceeded.
         goal: steps after which rates are compared. Where the best one's rate is still falling then, and the budget
             allows, it is doubled.
-        first: steps of the first round.
+        first: steps of the first round; ``None``: a quarter of the goal's.
         orders: orders of the data that are tried where one does not decide it.
     """
     prior = {who: rate for who, rate in candidates.items() if rate is not None}
     here = _Race(track, choose, budget, goal, {who: Standing() for who in candidates}, prior)
-    steps, order = min(first, goal), 0
+    steps, order = min(first or -(-goal // 2 ** (ROUNDS - 1)), goal), 0
     while rivals := here.rivals():
         due = here.due(rivals, steps, order)
         rounds = 1 + math.ceil(math.log2(here.goal / steps))

@@ -24,6 +24,9 @@ EPSILON = "Objective: the least cost at 1 - EPSILON of back-propagation's rate o
 NODE = "Memory of one node, such as 24GiB. Default: the card's; on a CPU, what back-propagation needs."
 MEMORY = "What counts: allocated, bytes of tensors; or nvml, what the card needs, as its driver counts."
 PROBE_STEPS = "What measuring may cost, in steps of back-propagation; short runs apart."
+ROLLOUT_STEPS = "Steps of the short runs that measure rates; 0: none. Default: 50, with --accuracy rollout 128."
+ACCURACY = "Where rates come from: cosine, and short runs for the stride; or rollout, short runs for all that may win."
+ROLLOUT_BUDGET = "With --accuracy rollout: what the runs may take, in steps of back-propagation."
 SERVER = "Address of `horizonplan serve`: measure here, have the choice made there. Key: HORIZONPLAN_KEY."
 COSINE_FROM = "For a simulated card: a saved plan whose cosines are taken, by the part of the depth."
 
@@ -40,7 +43,9 @@ def plan(
     candidates: Annotated[str, Option(help="horizons, or all: checkpointing may be chosen too.")] = "horizons",
     horizons: Annotated[str | None, Option(help="Where to measure: 1,3,6. Default: where it counts.")] = None,
     strides: Annotated[str, Option(help="Strides to weigh; horizon: disjoint windows.")] = "1,horizon",
-    rollout_steps: Annotated[int, Option(help="Steps of the short runs that compare strides; 0: none.")] = 50,
+    rollout_steps: Annotated[int | None, Option(help=ROLLOUT_STEPS)] = None,
+    accuracy: Annotated[str, Option(help=ACCURACY)] = "cosine",
+    rollout_budget: Annotated[float, Option(help=ROLLOUT_BUDGET)] = 800,
     batches: Annotated[int, Option(help="Batches to measure cosines on.")] = 4,
     batch_size: opt.BatchSize = None,
     blocks: opt.Blocks = None,
@@ -89,6 +94,8 @@ def plan(
             candidates=candidates,
             strides=steps,
             rollout_steps=rollout_steps,
+            accuracy=accuracy,
+            rollout_budget=rollout_budget,
             horizons=places,
             batches=batches,
             optimizer=load_optimizer(optimizer, lr),
