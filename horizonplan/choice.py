@@ -14,6 +14,7 @@ from horizonplan.candidates import Room, table
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve
 from horizonplan.explain import depth_of, name_of
+from horizonplan.frontier import undominated
 from horizonplan.objective import InfeasibleError, Objective, evaluate, select
 from horizonplan.probes.memory import Stride, stride_of
 from horizonplan.probes.profile import Profile
@@ -83,6 +84,19 @@ def choose_horizon(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row
         InfeasibleError: there is none.
     """
     return select([row for row in rows if row.stride == 1], objective, cost)
+
+
+def recommend(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row:
+    """The best row by :func:`horizonplan.select`, or the one of the frontier that dominates it.
+
+    So no row is recommended of which another candidate is at least as small, as fast and as good, and better in one:
+    not where objectives tie (whole nodes), and not where the objective does not look at the rate (the largest horizon).
+
+    Raises:
+        InfeasibleError: no candidate is feasible.
+    """
+    judged = evaluate(rows, objective, cost)
+    return undominated(select(judged, objective, cost), judged)
 
 
 def pairs_at(horizon: int, strides: Sequence[Stride]) -> list[tuple[int, int]]:

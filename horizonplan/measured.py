@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from horizonplan.cards import Card as Card  # what a caller of replan_for_cards needs
+from horizonplan.cards import priced
 from horizonplan.choice import choose_horizon, choose_stride, find
 from horizonplan.cost import Cost, LadderCost, as_cost
 from horizonplan.curves import Curve, fit_cosine, fit_memory
@@ -67,21 +69,6 @@ class Strided:
     cosine: float | None = None
     rate: float | None = None
     step_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card that can be had.
-
-    Attributes:
-        name: Its name.
-        memory_bytes: Its memory.
-        price: What one of it costs, in any currency and per any time.
-    """
-
-    name: str
-    memory_bytes: int
-    price: float
 
 
 def plan_from_measurements(
@@ -174,7 +161,7 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
     found: list[tuple[Plan, Card]] = []
     for card in cards:
         try:
-            found.append((replan(plan, objective, LadderCost(card.price, card.memory_bytes)), card))
+            found.append((replan(plan, objective, LadderCost(priced(card), card.memory_bytes)), card))
         except InfeasibleError as error:
             infeasible = error
     if not found:
