@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from horizonplan.alternatives import Alternatives
 from horizonplan.candidates import Room, table
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve
@@ -40,6 +41,7 @@ class Judge:
         exact_may_win: whether checkpointed back-propagation is a candidate.
         room: what the device has.
         node_bytes: a node's memory where the cost leaves it open; ``None``: back-propagation's need.
+        beside: candidates beside the paper's family.
     """
 
     objective: Objective
@@ -48,10 +50,13 @@ class Judge:
     exact_may_win: bool
     room: Room
     node_bytes: int | None = None
+    beside: Alternatives | None = None
 
     def rows(self, profile: Profile, samples: Iterable[Sample], curves: Mapping[str, Curve]) -> tuple[Row, ...]:
         """The table, judged."""
         rows = table(profile, samples, curves, self.strides, self.exact_may_win)
+        if self.beside is not None:
+            rows += self.beside.rows(profile, rows)
         return self.judged([self.room.holds(row) for row in rows])
 
     def judged(self, rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -164,5 +169,5 @@ def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost
 
 
 def find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
-    """The row of a horizon and stride that recomputes nothing."""
-    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, 0))
+    """The row of a horizon and stride that recomputes nothing, splits no batch and rounds no forward."""
+    return next(r for r in rows if (r.horizon, r.stride) == (horizon, stride) and r.plain)

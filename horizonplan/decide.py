@@ -59,7 +59,7 @@ def decide_memory(probing: Probing, judge: Judge, decision: Decision) -> Decisio
     """The choice with measured memory; one that runs out of it is given up for the next best that does not."""
     rows, chosen, notes = decision.rows, decision.row, list(decision.notes)
     while chosen.memory_source != "measured":
-        samples = probing.memory([_pair(chosen)], chosen.recompute)
+        samples = probing.memory_of(chosen)
         if not samples or samples[0].source == OUT_OF_MEMORY:
             rows, _ = judge.swapped(rows, chosen, replace(chosen, fits=False))
         elif samples[0].source != "measured":

@@ -16,10 +16,15 @@ HEADINGS = ("", "candidate", "memory", "cosine", "rate", "cost", "objective", "f
 
 def name_of(row: Row, depth: int) -> str:
     """A row's everyday name."""
+    how = f", in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
+    how += f", {row.precision}" if row.precision != "fp32" else ""
     if row.horizon == depth:
-        return f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)"
+        return (f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)") + how
+    how = (f", recompute {row.recompute}" if row.recompute else "") + how
+    if row.algorithm != "horizon":
+        return row.algorithm + how
     kind = "disjoint windows" if row.stride == row.horizon and row.horizon > 1 else f"stride {row.stride}"
-    return f"h={row.horizon}, {kind}" + (f", recompute {row.recompute}" if row.recompute else "")
+    return f"h={row.horizon}, {kind}{how}"
 
 
 def depth_of(rows: Sequence[Row]) -> int:
@@ -88,7 +93,7 @@ def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool)
 
 def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> str:
     depth = depth_of(rows)
-    exact = next(row for row in rows if row.horizon == depth and not row.recompute)
+    exact = next(row for row in rows if row.horizon == depth and row.plain)
     saved = 1 - chosen.memory_bytes / exact.memory_bytes
     words = [
         f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.",

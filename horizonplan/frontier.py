@@ -66,4 +66,4 @@ def _point(row: Row) -> tuple[float, float, float] | None:
 
 def _certain(row: Row) -> bool:
     """Whether the rate is measured, or 1 by definition, and not a model's."""
-    return row.rate_source != "derived" or row.cosine_source == "derived"
+    return row.rate_source != "derived" or row.exact

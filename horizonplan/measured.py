@@ -174,7 +174,7 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
 
 def measurements_of(plan: Plan) -> dict[str, Any]:
     """What of a plan was measured, as arguments of ``plan_from_measurements``: nothing predicted or fitted."""
-    seen = [row for row in plan.rows if row.memory_source == "measured" and not row.recompute]
+    seen = [row for row in plan.rows if row.memory_source == "measured" and row.plain]
     plain = [r for r in seen if r.stride == 1 and (r.cosine_source == "measured" or r.horizon == plan.depth)]
     plain.sort(key=lambda row: row.horizon)
     return {
@@ -209,9 +209,9 @@ def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row
     judged = evaluate(rows, objective, price)
     plain = [row for row in judged if row.stride == 1]
     best = choose_horizon([row for row in plain if row.feasible] or plain, objective, price)
-    if best.recompute:
+    if not best.plain:
         return best, judged
-    same = [row for row in judged if row.horizon == best.horizon and not row.recompute and not row.reference]
+    same = [row for row in judged if row.horizon == best.horizon and row.plain and not row.reference]
     run = [(row.horizon, row.stride) for row in same if row.rate_source == "measured"]
     if len(run) > 1 and (best.horizon, 1) in run:
         best, _ = choose_stride(judged, run, objective, price)

@@ -73,7 +73,7 @@ class Plan:
         """
         if self.held_out:
             return all(test.ok for test in self.held_out)
-        return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and not row.recompute)
+        return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and row.plain)
 
     @property
     def horizon(self) -> int:

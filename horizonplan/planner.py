@@ -35,10 +35,12 @@ from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements, varying
 from horizonplan.settle import settle
+from horizonplan.weigh import best, weigh
 
 logger = logging.getLogger("horizonplan")
 
 DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
+DEFAULT_STRIDES: tuple[Stride, ...] = (1, "horizon")
 
 
 def plan_horizon(
@@ -50,7 +52,7 @@ def plan_horizon(
     objective: Objective = DEFAULT_OBJECTIVE,
     cost: Cost | None = None,
     candidates: str = "horizons",
-    strides: Sequence[Stride] = (1, "horizon"),
+    strides: Sequence[Stride] = DEFAULT_STRIDES,
     rollout_steps: int = 50,
     horizons: Sequence[int] | None = None,
     batches: int = 4,
@@ -84,8 +86,10 @@ def plan_horizon(
         blocks: ``None``: found; or a name pattern, a container's name, or a list of submodule names.
         objective: what to minimise, and subject to what.
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
-        candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
-        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
+        candidates: ``"horizons"``, the paper's family; or ``"all"``: back-propagation with activation checkpointing and
+            in micro-batches, recomputed windows and bf16 may win too, and no candidate dominates the choice.
+        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows. Left
+            as it is, ``candidates="all"`` weighs 2 as well.
         rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2.
         horizons: where to measure first; ``None``: four, spread over 1..T.
         batches: batches for the cosine; memory and time are measured on the largest of them.
@@ -114,7 +118,9 @@ def plan_horizon(
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
     how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
     room = Room(as_memory=memory == "nvml")
-    judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
+    everything = candidates == "all"
+    weighed = (1, 2, "horizon") if everything and tuple(strides) == DEFAULT_STRIDES else tuple(strides)
+    judge = Judge(objective, cost, weighed, everything, room)
     if card is not None and card.kind == "simulated":
         with _own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
@@ -139,19 +145,24 @@ def plan_horizon(
             stride_of(stride, chain.depth)
         report(f"profile {chain.depth} blocks")
         probing = Probing(chain, sample, optimizer, limit, flops)
+        beside = probing.alternatives() if everything else None
         report(f"memory and cosine at {len(places)} horizons")
-        judge = replace(judge, node_bytes=_node_bytes(place, card))
+        judge = replace(judge, node_bytes=_node_bytes(place, card), beside=beside)
         found = settle(probing, judge, places, probe_steps)
-        chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
+        price = found.judge.price(found.rows)
+        chosen = best(found.rows, found.judge) if everything else choose_horizon(found.rows, objective, price)
         report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
         order = taken(loader, rollout_steps) if rollout_steps else []
-        decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
-        report("memory of the choice")
-        decision = decide_memory(probing, found.judge, decision)
+        if everything:
+            decision = weigh(probing, found, order, rollout_steps, seed)
+        else:
+            decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
+            report("memory of the choice")
+            decision = decide_memory(probing, found.judge, decision)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
-    told = (*found.notes, *decision.notes, *probing.notes())
+    told = (*found.notes, *decision.notes, *probing.notes(), *(beside.notes if beside else ()))
     notes = (*varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
     spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
     logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)

@@ -16,11 +16,11 @@ from horizonplan.batch import resolve_loss
 from horizonplan.chain import Chain
 from horizonplan.devices import parse_device
 from horizonplan.plan import Plan
+from horizonplan.precision import check_precision
 from horizonplan.training.callbacks import check_callback
 from horizonplan.training.evaluate import check_metrics
 from horizonplan.training.fused import check_schedule
 from horizonplan.training.options import Options
-from horizonplan.training.precision import check_precision
 from horizonplan.training.schedules import DecayOnGrowth
 
 FUSED_EXCLUDES = {

@@ -19,9 +19,9 @@ from horizonplan.algorithms import Algorithm, GradientMethod
 from horizonplan.algorithms.base import gradient_norm, not_finite
 from horizonplan.batch import batch_size, move
 from horizonplan.chain import Chain
+from horizonplan.precision import autocast
 from horizonplan.training.data import Turn
 from horizonplan.training.fused import fused
-from horizonplan.training.precision import autocast
 from horizonplan.training.team import Team
 
 
