@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ from horizonplan.precision import autocast
 from horizonplan.predict import accumulated_bytes, step_bytes, step_flops, step_seconds
 from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.pieces import check_pieces
-from horizonplan.probes.profile import Profile
+from horizonplan.probes.profile import Profile, retimed
+from horizonplan.probes.steady import Optimize
 from horizonplan.rows import Row
 
-WORTHWHILE = 0.99  # of the memory of half as many micro-batches: more of them save nothing
+ROUNDS = 3  # of timing
+WORTHWHILE = 0.95  # of the memory of what is simpler: what needs more than that is not in the table
 STAGES = (3, 5)  # of LoCo, as the paper has it
 
 Measure = Callable[[Any], Profile]
@@ -51,6 +55,20 @@ class Alternatives:
     exact_in_parts: bool = True
     notes: tuple[str, ...] = ()
 
+    def timed(
+        self, chain: Chain, batch: Any, whole: Profile, optimizer: Optimize | None
+    ) -> tuple[Profile, Alternatives]:
+        """The batch's profile and these, with seconds that were measured in turn."""
+        samples = batch_size(batch) or 1
+        subjects: list[tuple[Any, Profile, Callable[[], AbstractContextManager[object]]]]
+        subjects = [(batch, whole, nullcontext)]
+        subjects += [(resized(batch, -(-samples // n)), piece, nullcontext) for n, piece in self.pieces.items()]
+        if self.in_bf16 is not None:
+            subjects.append((batch, self.in_bf16, partial(autocast, "bf16", chain.device)))
+        whole, *others = retimed(chain, subjects, optimizer, ROUNDS)
+        pieces = dict(zip(self.pieces, others, strict=False))
+        return whole, replace(self, pieces=pieces, in_bf16=None if self.in_bf16 is None else others[-1])
+
     def rows(self, whole: Profile, family: Sequence[Row]) -> tuple[Row, ...]:
         """The rows beside a table of the paper's family; what a smaller exact row makes pointless is left out.
 
@@ -62,7 +80,7 @@ class Alternatives:
         exact = [row for row in family if row.horizon == depth]
         parts = [row for plain in exact for row in self._in_parts(plain, whole)]
         disjoint = [row for row in family if row.stride == row.horizon > 1 and not row.recompute]
-        again = [_folded(replace(row, recompute=k), whole) for row in disjoint for k in _every(row.horizon)]
+        again = [row for plain in disjoint for row in _again(plain, whole)]
         low = [row for plain in (*exact, *disjoint) for row in self._rounded(plain)]
         others = list(_loco(whole, {(row.horizon, row.stride) for row in family}))
         extra = [*parts, *again, *low, *others]
@@ -174,9 +192,11 @@ def _folded(row: Row, profile: Profile) -> Row:
     )
 
 
-def _every(horizon: int) -> list[int]:
-    """Worthwhile distances of checkpoints in a window: each block, and the square root of its length."""
-    return list(dict.fromkeys([1, max(1, round(math.sqrt(horizon)))]))
+def _again(plain: Row, whole: Profile) -> list[Row]:
+    """Disjoint windows recomputed, if that saves memory: every block or every square root of the window's length."""
+    distances = dict.fromkeys([1, max(1, round(math.sqrt(plain.horizon)))])
+    found = min((_folded(replace(plain, recompute=k), whole) for k in distances), key=lambda row: row.memory_bytes)
+    return [found] if found.memory_bytes <= WORTHWHILE * plain.memory_bytes else []
 
 
 def _loco(profile: Profile, pairs: set[tuple[int, int]]) -> Iterator[Row]:

@@ -87,7 +87,8 @@ def plan_horizon(
         objective: what to minimise, and subject to what.
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
         candidates: ``"horizons"``, the paper's family; or ``"all"``: back-propagation with activation checkpointing and
-            in micro-batches, recomputed windows and bf16 may win too, and no candidate dominates the choice.
+            in micro-batches, recomputed windows and bf16 may win too, and no candidate dominates the choice
+            (:func:`horizonplan.frontier`). Seconds count in that, and a clock never shows the same twice.
         strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows. Left
             as it is, ``candidates="all"`` weighs 2 as well.
         rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2.

@@ -72,18 +72,19 @@ class Probing:
         self.spent = {"profile": (profile.spent_flops + chain_flops) / self.bp_flops, "memory": 0.0, "cosine": 0.0}
 
     def alternatives(self) -> Alternatives:
-        """Profiles of what may be planned beside the paper's family; where memory runs out there are fewer of them."""
+        """Profiles of what may be planned beside the paper's family, all timed in turn with the batch's own."""
         spent = 0
 
         def measure(batch: Any) -> Profile:
             nonlocal spent
-            found = probes.profile(self.chain, batch, self.optimizer, summed=False)
+            found = probes.profile(self.chain, batch, self.optimizer, repeats=0, summed=False)
             spent += found.spent_flops
             return found
 
         with fitting(self.chain.device):
             others = (move(batch, self.chain.device) for batch in self.batches)
             found = alternatives(self.chain, self.biggest, measure, others)
+            self.profile, found = found.timed(self.chain, self.biggest, self.profile, self.optimizer)
         self.spent["profile"] += spent / self.bp_flops
         return found
 
