@@ -12,6 +12,7 @@ from horizonplan.fits import Fits, Sweep, fits, sweep
 from horizonplan.frontier import frontier
 from horizonplan.gradient import horizon_backward
 from horizonplan.horizons import HeldOut
+from horizonplan.micro_batch import MicroBatch, largest_micro_batch
 from horizonplan.objective import (
     AccuracyConstraint,
     InfeasibleError,
@@ -63,6 +64,7 @@ __all__ = [
     "LadderCost",
     "LinearCost",
     "MemoryLimit",
+    "MicroBatch",
     "MixedNodes",
     "MoneyToLoss",
     "Objective",
@@ -88,6 +90,7 @@ __all__ = [
     "fits",
     "frontier",
     "horizon_backward",
+    "largest_micro_batch",
     "plan_horizon",
     "probes",
     "select",

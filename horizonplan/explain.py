@@ -153,9 +153,7 @@ def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
     if better := [row for row in references if _beats(row, chosen)]:
         best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
         compared = f"{name_of(best, depth)} needs {_compared(best, chosen, depth)}"
-        if not best.reference and not _faster(
-            best, chosen
-        ):  # a candidate that is smaller, and was passed over for its time or its price
+        if not best.reference and not _faster(best, chosen):
             return [f"Smaller, if you have the time: {compared}."]
         advice = 'Use it unless it is too slow for you (candidates="all" lets it win).' if best.recompute else "Use it."
         return [f"A reference beats this choice: {compared}. {advice}"]

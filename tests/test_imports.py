@@ -22,7 +22,7 @@ LINES = [
     "predict frugal rows curves candidates alternatives probing devices",
     "cards cost objective",
     "frontier savings horizons",
-    "explain choice plot settle decide weigh plan provenance forecast planner measured verify fits",
+    "explain choice plot settle decide weigh plan provenance forecast planner measured verify fits micro_batch",
     "training tuner",
     "datasets integrations",
     "api client reproduce cli",
