@@ -53,10 +53,14 @@ def errors(name: str, rounds: int, clock: Callable[[], float]) -> dict[Key, floa
     keys = schedules(chain.depth)
     measured: dict[Key, list[float]] = {key: [] for key in keys}
     updates = []
+
+    def ticking(chain: Chain) -> float:
+        return clock()
+
     with (
         training_mode(model),
         restored(chain, weights=True),
-        mock.patch.object(seconds, "now", side_effect=lambda chain: clock()),
+        mock.patch.object(seconds, "now", ticking),
     ):
         costs = profile(chain, batch, repeats=0, summed=False)
         timer = Timer(chain, batch, kinds_of(costs.costs))

@@ -126,9 +126,8 @@ def _step(chain: hp.Chain, batch: Any, row: hp.Row, made: torch.optim.Optimizer)
 def show(plan: hp.Plan) -> None:
     """The frontier as a table: memory and time relative to back-propagation's, and the rate."""
     base = plan.row
-    print(
-        "| not dominated | memory | of BP's | time of BP's | rate | seconds to BP's loss |\n|---|---|---|---|---|---|"
-    )
+    columns = "not dominated", "memory", "of BP's", "time of BP's", "rate", "time to BP's loss"
+    print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
     for row in plan.frontier:
         slow, small = row.step_seconds / base.step_seconds, row.memory_bytes / base.memory_bytes
         rate = "1 (exact)" if row.exact else f"{row.rate:.2f}"

@@ -142,7 +142,8 @@ def alternatives(chain: Chain, batch: Any, measure: Measure, others: Iterable[An
         pieces[count] = found
     why = _inexact(chain, others, list(pieces)) if pieces else None
     if why is not None:
-        notes.append(f"Accumulating over micro-batches is not the exact gradient, and its rate is unknown: {why}")
+        word = "is not" if others is not None else "may not be"
+        notes.append(f"Accumulating over micro-batches {word} the exact gradient, and its rate is unknown: {why}")
     low, message = _tried(lambda one: _under_bf16(chain, one, measure), batch)
     if low is None:
         notes.append(f"bf16 is not in the table: the model does not run under it ({message})")
@@ -200,21 +201,20 @@ def _again(plain: Row, whole: Profile) -> list[Row]:
 
 
 def _loco(profile: Profile, pairs: set[tuple[int, int]]) -> Iterator[Row]:
-    """LoCo's windows where they are not in the table already; for comparison, as nothing measures their rate."""
+    """LoCo's windows where they are no horizon and stride of the table; for comparison: nothing measures their rate."""
     for stages in STAGES:
         if stages >= profile.depth:
             continue
-        row = Row(algorithm=f"LoCo {stages}", horizon=profile.depth, memory_bytes=0, reference=True)
-        windows = schedule_of(row, profile.depth).windows
-        ahead = max(window.end - window.first for window in windows)
-        row = replace(row, horizon=ahead, stride=windows[0].stop - windows[0].first)
-        if (row.horizon, row.stride) not in pairs:
-            yield _folded(row, profile)
+        row = Row(algorithm=f"LoCo {stages}", horizon=profile.depth, memory_bytes=0)
+        schedule = schedule_of(row, profile.depth)
+        first = schedule.windows[0]
+        if schedule.pair not in pairs:
+            yield _folded(replace(row, horizon=schedule.longest, stride=first.stop - first.first), profile)
 
 
 def _pointless(row: Row, exact: Iterable[Row], depth: int) -> bool:
     """Whether an exact row of the same precision, in no more parts, needs no more memory and no more FLOPs."""
-    if row.flops is None or row.reference:
+    if row.flops is None or row.algorithm != "horizon":
         return False
     for other in exact:
         same = other.horizon == depth and other.precision == row.precision and other is not row

@@ -170,6 +170,12 @@ class Plan:
 
         draw(self, path)
 
+    def plot_frontier(self, path: str | Path) -> None:
+        """Draw all rows by memory and time of a step, with the frontier and the choice, into a file (PNG, SVG, PDF)."""
+        from horizonplan.plot_frontier import draw
+
+        draw(self, path)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         return {

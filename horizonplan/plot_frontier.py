@@ -1,4 +1,4 @@
-"""The frontier as a picture: every row by memory and time, its rate as colour, what is not dominated joined and named."""
+"""The frontier as a picture: every row by memory and time, its rate as colour, what is not dominated named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from horizonplan.explain import depth_of, name_of
 from horizonplan.frontier import frontier
 from horizonplan.plot import Drawable
 from horizonplan.rows import Row
-from horizonplan.units import format_bytes
 
 MOST = 14  # names that a picture has room for
 
@@ -41,7 +40,7 @@ def draw(plan: Drawable, path: str | Path) -> None:
     if plan.row.step_seconds:
         _scatter(axes, [plan.row], unit, facecolors="none", edgecolors="C3", s=210, linewidths=1.8, label="chosen")
     axes.set(xlabel=f"peak memory of a step ({name})", ylabel="time of a step (ms)", yscale="log")
-    axes.set_title("memory, time and rate" + ("" if edge else f": nothing known to compare, {format_bytes(0)}"))
+    axes.set_title("memory, time and rate of a step" + ("" if edge else ": no rate is known"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.08)
     axes.legend(fontsize=8, frameon=False)

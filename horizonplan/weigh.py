@@ -29,12 +29,13 @@ WITHOUT = "No candidate whose rate is known is feasible: the choice was made amo
 
 
 def best(rows: Sequence[Row], judge: Judge) -> Row:
-    """What is recommended of a table: a row whose rate is known, if one of them is feasible.
+    """What is recommended of a table: a row whose rate is known, if one of them is feasible. Never another method's.
 
     Raises:
         InfeasibleError: no candidate is feasible.
     """
     price = judge.price(rows)
+    rows = [row for row in rows if row.algorithm == "horizon"]
     known = [row for row in rows if row.rate is not None]
     try:
         return recommend(known, judge.objective, price)
