@@ -11,7 +11,7 @@ from horizonplan.frontier import frontier
 from horizonplan.plot import Drawable
 from horizonplan.rows import Row
 
-MOST = 14  # names that a picture has room for
+WIDE = 4.0  # from this ratio of largest to smallest on, memory is drawn in powers
 
 
 def draw(plan: Drawable, path: str | Path) -> None:
@@ -26,37 +26,55 @@ def draw(plan: Drawable, path: str | Path) -> None:
     if not timed:
         raise ValueError("plan: no row has the seconds of a step; plan on a device where steps can be timed.")
     unit, name = (2**30, "GiB") if max(row.memory_bytes for row in timed) >= 2**30 else (2**20, "MiB")
-    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
-    axes = figure.subplots()
+    edge = frontier(plan.rows)
+    figure = Figure(figsize=(11.5, 5.4), layout="constrained")
+    axes, names = figure.subplots(1, 2, width_ratios=(3, 1))
     unknown = [row for row in timed if row.rate is None]
     known = [row for row in timed if row.rate is not None]
-    _scatter(axes, unknown, unit, facecolors="none", edgecolors="0.7", s=24, label="rate unknown")
+    _scatter(axes, unknown, unit, facecolors="none", edgecolors="0.75", s=20, label="rate unknown")
     if known:
         drawn = _scatter(axes, known, unit, c=[row.rate for row in known], cmap="viridis", vmin=0.0, vmax=1.0, s=42)
         figure.colorbar(drawn, ax=axes, label="rate (1: as fast as back-propagation)")
-    edge = frontier(plan.rows)
-    _scatter(axes, edge, unit, facecolors="none", edgecolors="k", s=95, label="not dominated")
-    _names(axes, edge, plan.row, depth_of(plan.rows), unit)
+    _scatter(axes, edge, unit, facecolors="none", edgecolors="k", s=95, label="not dominated (numbered)")
     if plan.row.step_seconds:
         _scatter(axes, [plan.row], unit, facecolors="none", edgecolors="C3", s=210, linewidths=1.8, label="chosen")
-    axes.set(xlabel=f"peak memory of a step ({name})", ylabel="time of a step (ms)", yscale="log")
+    for number, row in enumerate(edge, 1):
+        above = 7 if number % 2 else -13  # neighbours above and below
+        axes.annotate(str(number), _place(row, unit), xytext=(-3, above), textcoords="offset points", fontsize=8)
+    _list(names, edge, depth_of(plan.rows))
+    _scales(axes, timed, unit)
+    axes.set(xlabel=f"peak memory of a step ({name})", ylabel="time of a step (ms)")
     axes.set_title("memory, time and rate of a step" + ("" if edge else ": no rate is known"))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12, y=0.08)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
+def _place(row: Row, unit: int) -> tuple[float, float]:
+    return row.memory_bytes / unit, 1000 * (row.step_seconds or 0.0)
+
+
 def _scatter(axes: Any, rows: Sequence[Row], unit: int, **style: Any) -> Any:
-    x = [row.memory_bytes / unit for row in rows]
-    return axes.scatter(x, [1000 * (row.step_seconds or 0.0) for row in rows], **style)
+    places = [_place(row, unit) for row in rows]
+    return axes.scatter([x for x, _ in places], [y for _, y in places], **style)
 
 
-def _names(axes: Any, edge: Sequence[Row], chosen: Row, depth: int, unit: int) -> None:
-    """Names beside points, of as many as there is room for: the choice, and then evenly by memory."""
-    step = max(1, -(-len(edge) // MOST))
-    for i, row in enumerate(edge):
-        if i % step == 0 or row == chosen or row == edge[-1]:
-            place = row.memory_bytes / unit, 1000 * (row.step_seconds or 0.0)
-            name = name_of(row, depth).replace(" (back-propagation)", "").replace("disjoint windows", "disjoint")
-            axes.annotate(name, place, xytext=(7, 5), textcoords="offset points", fontsize=7, color="0.25")
+def _scales(axes: Any, rows: Sequence[Row], unit: int) -> None:
+    """Powers where the numbers are far apart, written out."""
+    for axis, values in (("x", [_place(row, unit)[0] for row in rows]), ("y", [_place(row, unit)[1] for row in rows])):
+        if min(values) > 0 and max(values) >= WIDE * min(values):
+            getattr(axes, f"set_{axis}scale")("log")
+            for ticks in ("major", "minor"):
+                getattr(getattr(axes, f"{axis}axis"), f"set_{ticks}_formatter")("{x:g}")
+            axes.tick_params(axis=axis, which="minor", labelsize=6)
+    axes.margins(x=0.08, y=0.1)
+
+
+def _list(axes: Any, edge: Sequence[Row], depth: int) -> None:
+    """What the numbers stand for, with each one's rate."""
+    axes.set_axis_off()
+    words = [
+        f"{number}  {name_of(row, depth).replace(' (back-propagation)', '')}, rate {row.rate or 0.0:.2f}"
+        for number, row in enumerate(edge, 1)
+    ]
+    axes.text(0.0, 1.0, "\n".join(words), transform=axes.transAxes, va="top", fontsize=7, linespacing=1.6)
