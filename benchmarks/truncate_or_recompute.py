@@ -87,8 +87,10 @@ def measured(name: str, steps: int, rounds: int) -> hp.Plan:
         rates = probes.rollout(chain, batches, pairs, steps)
         rows = [row if row.exact else replace(row, rate=None, rate_source="unmeasured") for row in plan.rows]
         plan = replace(plan, rows=with_rates(rows, rates))
-        edge = _measure(chain, batches[0], plan.frontier, rounds)
-    rest = [row for row in plan.rows if row not in plan.frontier]
+        base = next(row for row in plan.rows if row.exact and row.plain)
+        wanted = tuple(dict.fromkeys([*plan.frontier, base]))  # back-propagation may be dominated
+        edge = _measure(chain, batches[0], wanted, rounds)
+    rest = [row for row in plan.rows if row not in wanted]
     exact = next(row for row in edge if row.exact and row.plain)
     return replace(plan, rows=(*rest, *edge), row=exact)
 
