@@ -31,7 +31,8 @@ def draw(plan: Drawable, path: str | Path) -> None:
     axes, names = figure.subplots(1, 2, width_ratios=(3, 1))
     unknown = [row for row in timed if row.rate is None]
     known = [row for row in timed if row.rate is not None]
-    _scatter(axes, unknown, unit, facecolors="none", edgecolors="0.75", s=20, label="rate unknown")
+    if unknown:
+        _scatter(axes, unknown, unit, facecolors="none", edgecolors="0.75", s=20, label="rate unknown")
     if known:
         drawn = _scatter(axes, known, unit, c=[row.rate for row in known], cmap="viridis", vmin=0.0, vmax=1.0, s=42)
         figure.colorbar(drawn, ax=axes, label="rate (1: as fast as back-propagation)")
