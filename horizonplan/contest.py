@@ -20,6 +20,7 @@ from horizonplan.rates import tail_of
 from horizonplan.rows import Row
 from horizonplan.schedule import Schedule
 from horizonplan.settle import Settled
+from horizonplan.weigh import best
 
 NO_ROOM = (
     "No candidate could be run within rollout_budget={:g} steps of back-propagation: h was chosen by the cosine. Give "
@@ -90,8 +91,8 @@ def decide_by_rollouts(
         rows, chosen = judge.swapped(rows, chosen, with_derived_rate(chosen))
         told = NO_FALL if outcome and outcome.steps else NO_ROOM.format(budget)
         return Decision(rows, chosen, (told,) if outcome else ())
-    rated = judge.judged([_rated(row, outcome, depth_of(rows)) for row in rows])
-    chosen = choose_rated(rated, judge.objective, judge.price(rated))
+    rated = judge.judged([_rated(row, outcome) for row in rows])
+    chosen = best(rated, judge) if judge.beside else choose_rated(rated, judge.objective, judge.price(rated))
     rolled = tuple(_samples(outcome))
     return Decision(rated, chosen, tuple(_notes(outcome, chosen, rated, budget)), rolled)
 
@@ -106,12 +107,11 @@ def best_rated(rows: Sequence[Row], failed: Row, judge: Judge) -> Row | None:
 
 def contenders(rows: Sequence[Row]) -> dict[Pair, float | None]:
     """Every (horizon, stride) that may run, with the rate that its horizon's cosine promises."""
-    depth = depth_of(rows)
     promised = {row.horizon: row.cosine**2 for row in rows if row.stride == 1 and row.cosine is not None}
     return {
         (row.horizon, row.stride): promised.get(row.horizon)
         for row in rows
-        if row.horizon < depth and not row.reference and row.fits is not False
+        if _runs(row) and not row.reference and row.fits is not False
     }
 
 
@@ -127,19 +127,18 @@ def _race(
 ) -> Outcome:
     runs = Runs(probing.chain, stream, probing.optimizer, seed, way.recompute, way.micro_batches)
     track, price, candidates = Rollouts(probing, runs, way), judge.price(rows), contenders(rows)
-    depth = depth_of(rows)
-    weighed = [row for row in rows if not row.reference and row.fits is not False]
+    weighed = [row for row in rows if not row.reference and row.fits is not False and (_runs(row) or row.exact)]
 
     def choose(rates: Mapping[Pair, float | None]) -> Pair | None:
         tried = [
-            row if row.horizon == depth else replace(row, rate=rates[row.horizon, row.stride], rate_stderr=None)
+            replace(row, rate=rates[row.horizon, row.stride], rate_stderr=None) if _runs(row) else row
             for row in weighed
         ]
         try:
-            best = choose_rated(tried, judge.objective, price)
+            taken = choose_rated(tried, judge.objective, price)
         except ValueError:
             return None
-        return None if best.horizon == depth else (best.horizon, best.stride)
+        return (taken.horizon, taken.stride) if _runs(taken) else None
 
     earlier = probing.spent.setdefault("rollouts", 0.0)
     try:
@@ -148,10 +147,15 @@ def _race(
         probing.spent["rollouts"] = earlier + track.spent
 
 
-def _rated(row: Row, outcome: Outcome, depth: int) -> Row:
+def _runs(row: Row) -> bool:
+    """Whether a row's rate is that of its horizon and stride (recomputing changes no gradient), and not 1."""
+    return replace(row, recompute=0).plain and not row.exact
+
+
+def _rated(row: Row, outcome: Outcome) -> Row:
     """The row with what the race found of its rate; a rate that only the cosine promises is left to references."""
     pair = row.horizon, row.stride
-    if row.horizon == depth or (row.reference and pair not in outcome.standings):
+    if not _runs(row) or (row.reference and pair not in outcome.standings):
         return row
     standing = outcome.standings.get(pair)
     if standing is None or standing.rate is None:

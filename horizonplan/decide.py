@@ -77,7 +77,7 @@ def decide_memory(probing: Probing, judge: Judge, decision: Decision, other_than
     """
     rows, chosen, notes = decision.rows, decision.row, list(decision.notes)
     while chosen.memory_source != "measured":
-        samples = probing.memory([_pair(chosen)], chosen.recompute)
+        samples = probing.memory_of(chosen)
         if not samples or samples[0].source == OUT_OF_MEMORY:
             rows, _ = judge.swapped(rows, chosen, replace(chosen, fits=False))
         elif samples[0].source != "measured":

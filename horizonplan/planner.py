@@ -37,11 +37,13 @@ from horizonplan.progress import Progress, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements, varying
 from horizonplan.settle import settle
+from horizonplan.weigh import best, decide_with_runs, weigh_memory
 
 logger = logging.getLogger("horizonplan")
 
 ROLLOUT_STEPS, RACE_STEPS = 50, 128  # docs/log.md, "Rates: short runs promise too much"
 DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
+DEFAULT_STRIDES: tuple[Stride, ...] = (1, "horizon")
 
 
 def plan_horizon(
@@ -53,7 +55,7 @@ def plan_horizon(
     objective: Objective = DEFAULT_OBJECTIVE,
     cost: Cost | None = None,
     candidates: str = "horizons",
-    strides: Sequence[Stride] = (1, "horizon"),
+    strides: Sequence[Stride] = DEFAULT_STRIDES,
     rollout_steps: int | None = None,
     horizons: Sequence[int] | None = None,
     batches: int = 4,
@@ -89,8 +91,11 @@ def plan_horizon(
         blocks: ``None``: found; or a name pattern, a container's name, or a list of submodule names.
         objective: what to minimise, and subject to what.
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
-        candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
-        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
+        candidates: ``"horizons"``, the paper's family; or ``"all"``: back-propagation with activation checkpointing and
+            in micro-batches, recomputed windows and bf16 may win too, and no candidate dominates the choice
+            (:func:`horizonplan.frontier`). Seconds count in that, and a clock never shows the same twice.
+        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows. Left
+            as it is, ``candidates="all"`` weighs 2 as well.
         rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2. With
             ``accuracy="rollout"`` the steps after which rates are compared, or more. ``None``: 50, or 128.
         horizons: where to measure first; ``None``: four, spread over 1..T.
@@ -127,7 +132,9 @@ def plan_horizon(
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
     how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
     room = Room(as_memory=memory == "nvml")
-    judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
+    everything = candidates == "all"
+    weighed = (1, 2, "horizon") if everything and tuple(strides) == DEFAULT_STRIDES else tuple(strides)
+    judge = Judge(objective, cost, weighed, everything, room)
     if card is not None and card.kind == "simulated":
         if accuracy != "cosine":
             raise ValueError("accuracy='rollout': nothing can be run on a simulated device; leave it out.")
@@ -154,24 +161,30 @@ def plan_horizon(
             stride_of(stride, chain.depth)
         report(f"profile {chain.depth} blocks")
         probing = Probing(chain, sample, optimizer, limit, flops)
+        beside = probing.alternatives() if everything else None
         report(f"memory and cosine at {len(places)} horizons")
-        judge = replace(judge, node_bytes=_node_bytes(place, card))
+        judge = replace(judge, node_bytes=_node_bytes(place, card), beside=beside)
         by_rollouts = accuracy == "rollout"
         found = settle(probing, judge, places, 0 if by_rollouts else probe_steps)
         if by_rollouts:
             report(f"rollouts of up to {rollout_steps} steps or more")
             decision = decide_by_rollouts(probing, found, Stream(loader), rollout_steps, rollout_budget, seed)
         else:
-            chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
+            price = found.judge.price(found.rows)
+            chosen = best(found.rows, found.judge) if everything else choose_horizon(found.rows, objective, price)
             report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
             order = taken(loader, rollout_steps) if rollout_steps else []
-            decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
+            decide = decide_with_runs if everything else decide_stride
+            decision = decide(probing, found, chosen, order, rollout_steps, seed)
         report("memory of the choice")
-        decision = decide_memory(probing, found.judge, decision, best_rated if by_rollouts else next_best)
+        if everything:
+            decision = weigh_memory(probing, found.judge, decision)
+        else:
+            decision = decide_memory(probing, found.judge, decision, best_rated if by_rollouts else next_best)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
-    told = (*found.notes, *decision.notes, *probing.notes())
+    told = (*found.notes, *decision.notes, *probing.notes(), *(beside.notes if beside else ()))
     notes = (*varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
     spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
     logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)

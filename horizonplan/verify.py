@@ -13,6 +13,7 @@ from horizonplan import probes
 from horizonplan.batch import ComputeLoss, LossFunction, as_loader, take
 from horizonplan.chain.calls import rng_devices, seeded, training_mode
 from horizonplan.plan import Plan
+from horizonplan.precision import autocast
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
 from horizonplan.projection import Projection
@@ -81,8 +82,10 @@ def verify(
     with seeded(seed, rng_devices(model)), training_mode(model):
         sample = take(loader, batches, place)
         chain = plan.chain(model, sample[0], loss, compute_loss, projection)
-        memory = probes.memory(chain, sample, [pair[0]], [pair[1]], optimizer, plan.recompute)[0]
-        seconds = probes.time(chain, sample, [pair[0]], [pair[1]], optimizer, recompute=plan.recompute)[0]
+        how: dict[str, Any] = {"recompute": plan.recompute, "micro_batches": plan.micro_batches}
+        with autocast(plan.precision, place):
+            memory = probes.memory(chain, sample, [pair[0]], [pair[1]], optimizer, **how)[0]
+            seconds = probes.time(chain, sample, [pair[0]], [pair[1]], optimizer, **how)[0]
         rate = probes.rollout(chain, take(loader, steps), [pair], steps, optimizer, seed)[0]
     return Report(
         memory=_at_most(plan.row.memory_bytes, _as_counted(plan, memory), MEMORY_TOLERANCE),

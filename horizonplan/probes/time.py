@@ -24,6 +24,7 @@ def time(
     optimizer: Optimize | None = None,
     repeats: int = 5,
     recompute: int = 0,
+    micro_batches: int = 1,
 ) -> list[Sample]:
     """Measure the seconds of a full training step at each horizon and stride, on the largest batch.
 
@@ -36,7 +37,7 @@ def time(
         made = optimizer_for(trainable(chain), optimizer)
         for turn in range(repeats + 1):
             for pair in pairs:
-                seconds = _seconds(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made)
+                seconds = _seconds(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made, micro_batches)
                 if turn > 0:
                     rounds[pair].append(seconds)
     return [
@@ -45,11 +46,13 @@ def time(
     ]
 
 
-def _seconds(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> float:
+def _seconds(
+    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, micro_batches: int
+) -> float:
     if chain.device.type == "cuda":
         torch.cuda.synchronize(chain.device)
     start = perf_counter()
-    step(chain, batch, schedule, optimizer)
+    step(chain, batch, schedule, optimizer, micro_batches)
     if chain.device.type == "cuda":
         torch.cuda.synchronize(chain.device)
     return perf_counter() - start
