@@ -110,7 +110,7 @@ def weigh_memory(probing: Probing, judge: Judge, decision: Decision) -> Decision
         except InfeasibleError:
             chosen = rows[_place(rows, new)]
             break
-        if _way(other) != _way(new):
+        if way_of(other) != way_of(new):
             depth = depth_of(rows)
             notes.append(
                 f"{name_of(new, depth)} was chosen first; its measured memory spoke for {name_of(other, depth)}."
@@ -120,8 +120,9 @@ def weigh_memory(probing: Probing, judge: Judge, decision: Decision) -> Decision
 
 
 def _place(rows: Sequence[Row], row: Row) -> int:
-    return next(i for i, other in enumerate(rows) if _way(other) == _way(row))
+    return next(i for i, other in enumerate(rows) if way_of(other) == way_of(row))
 
 
-def _way(row: Row) -> tuple[object, ...]:
+def way_of(row: Row) -> tuple[object, ...]:
+    """What tells a row from the others of its table."""
     return row.algorithm, row.horizon, row.stride, row.recompute, row.micro_batches, row.precision
