@@ -131,6 +131,13 @@ def test_json_knows_no_nan():
     assert "note: The short runs found no rate" in result.stderr
 
 
+def test_rates_can_be_raced_for():
+    words = ["--accuracy", "rollout", "--rollout-steps", "6", "--rollout-budget", "40", "--epsilon", "0.5", "--json"]
+    told = json.loads(planned(*words).stdout)
+    assert 0 < told["provenance"]["probing_steps"]["rollouts"] <= 40
+    assert "accuracy='guess'" in planned("--accuracy", "guess", code=1).stderr
+
+
 def test_same_seed_same_plan():
     first, again, other = (
         json.loads(planned("--json", "--seed", seed).stdout)["provenance"]["scale"] for seed in (3, 3, 4)

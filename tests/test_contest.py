@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from families import ResidualMLP
-from test_planner import planned, task
+from test_planner import DEPTH, planned, task
 from test_probes import Interrupted, interrupt, lived_in, unchanged
 from torch import nn
 
@@ -127,6 +127,20 @@ def test_a_plan_by_rollouts(objective, few):
     json.dumps(plan.to_dict(), allow_nan=False)
     assert hp.Plan.from_dict(plan.to_dict()).row == plan.row
     assert "Rates were measured by rollouts" in plan.explain()
+
+
+def test_among_all_candidates_no_other_dominates_the_raced_choice():
+    model, data = task()
+    kwargs = {"accuracy": "rollout", "rollout_steps": 8, "rollout_budget": 60, "candidates": "all"}
+    plan = planned(model, data, objective=hp.AccuracyConstraint(0.3), optimizer=sgd, **kwargs)
+    mine = plan.row
+    for row in plan.frontier:
+        better = (row.memory_bytes < mine.memory_bytes, row.step_seconds < mine.step_seconds, row.rate > mine.rate)
+        no_worse = (row.memory_bytes <= mine.memory_bytes, row.step_seconds <= mine.step_seconds, row.rate >= mine.rate)
+        assert not (any(better) and all(no_worse))
+    recomputed = {(row.horizon, row.stride): row.rate for row in plan.rows if row.recompute and row.horizon < DEPTH}
+    plain = {(row.horizon, row.stride): row.rate for row in plan.rows if row.plain}
+    assert recomputed == {pair: plain[pair] for pair in recomputed}
 
 
 def test_measured_rates_in_a_plan_are_those_of_a_rollout():
