@@ -3,14 +3,26 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from horizonplan import algorithms, client, probes
+from horizonplan.cards import Card
 from horizonplan.chain import Chain, ChainError
-from horizonplan.cost import LadderCost, LinearCost
+from horizonplan.cost import LadderCost, LinearCost, MixedNodes
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
 from horizonplan.devices import Calibration
 from horizonplan.fits import Fits, Sweep, fits, sweep
+from horizonplan.frontier import frontier
 from horizonplan.gradient import horizon_backward
 from horizonplan.horizons import HeldOut
-from horizonplan.objective import AccuracyConstraint, InfeasibleError, MemoryLimit, Objective, Weighted, select
+from horizonplan.micro_batch import MicroBatch, largest_micro_batch
+from horizonplan.objective import (
+    AccuracyConstraint,
+    InfeasibleError,
+    MemoryLimit,
+    MoneyToLoss,
+    Objective,
+    TimeToLoss,
+    Weighted,
+    select,
+)
 from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
 from horizonplan.probes.simulation import SimulationError
@@ -39,6 +51,7 @@ __all__ = [
     "AccuracyConstraint",
     "Calibration",
     "Callback",
+    "Card",
     "Chain",
     "ChainError",
     "CheckpointError",
@@ -51,6 +64,9 @@ __all__ = [
     "LadderCost",
     "LinearCost",
     "MemoryLimit",
+    "MicroBatch",
+    "MixedNodes",
+    "MoneyToLoss",
     "Objective",
     "Plan",
     "PlanWarning",
@@ -63,6 +79,7 @@ __all__ = [
     "Sweep",
     "TensorBoard",
     "Terminated",
+    "TimeToLoss",
     "Trainer",
     "Weighted",
     "Window",
@@ -71,7 +88,9 @@ __all__ = [
     "fit_cosine",
     "fit_memory",
     "fits",
+    "frontier",
     "horizon_backward",
+    "largest_micro_batch",
     "plan_horizon",
     "probes",
     "select",
