@@ -28,6 +28,7 @@ from horizonplan.training import (
     Trainer,
     train,
 )
+from horizonplan.tuner import Study, Trial, tune_horizon
 from horizonplan.verify import Report, verify
 
 try:
@@ -60,10 +61,12 @@ __all__ = [
     "Row",
     "Schedule",
     "SimulationError",
+    "Study",
     "Sweep",
     "TensorBoard",
     "Terminated",
     "Trainer",
+    "Trial",
     "Weighted",
     "Window",
     "algorithms",
@@ -77,5 +80,6 @@ __all__ = [
     "select",
     "sweep",
     "train",
+    "tune_horizon",
     "verify",
 ]
