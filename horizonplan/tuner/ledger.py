@@ -2,8 +2,8 @@
 
 Many processes, on many machines, may work on one ledger. Three rules make that safe:
 
-- a trial's number is given by the storage, once. It counts if fewer than ``total`` trials that count have smaller
-  numbers; one too many, made in a race, is struck out (*void*) by who made it.
+- a trial's number is given by the storage, once. One that finds, when it begins, ``total`` others with smaller numbers
+  begun is one too many, made in a race, and struck out (*void*) by who made it. What is queued has not begun.
 - a trial whose owner has died is void, and the same parameters are queued again; from the third death on it has failed.
 - what a sampler draws for a trial depends on the study's seed, the trial's number and the finished trials only, so
   that a study that was broken off goes on as if it had not been.
@@ -113,14 +113,12 @@ class Ledger:
         """A trial to make, with what ``suggest`` says of it; ``None``: there is none to be had now."""
         with self._lock:
             self._bury()
-            trials = self.counted()
-            waiting = any(trial.state == TrialState.WAITING for trial in trials)
-            if len(trials) >= self.total and not waiting:
+            if len(self.begun()) >= self.total:
                 return None
             trial = self.study.ask()
             trial.set_user_attr(OWNER, self.me)
-            if sum(other.number < trial.number for other in self.counted()) >= self.total:
-                self._strike(trial._trial_id, "one more than asked for")
+            if sum(other.number < trial.number for other in self.begun()) >= self.total:
+                self.put_back(trial)
                 return None
             self.study.sampler = TPESampler(seed=(self.seed * 1_000_003 + trial.number) % 2**32)
             self.running[trial.number] = trial
@@ -143,16 +141,18 @@ class Ledger:
         """Give up a trial that this process does not finish, for another to make."""
         with self._lock:
             self.running.pop(trial.number, None)
-            if self._strike(trial._trial_id, "given up"):
-                self.study.enqueue_trial(_asked(self.study._storage.get_trial(trial._trial_id)))
+            asked = _asked(self.study._storage.get_trial(trial._trial_id))
+            if self._strike(trial._trial_id, "given up") and asked:
+                self.study.enqueue_trial(asked)
 
-    def counted(self) -> list[FrozenTrial]:
-        """All trials that are not void."""
-        return [trial for trial in self.study.get_trials(deepcopy=False) if VOID not in trial.user_attrs]
+    def begun(self) -> list[FrozenTrial]:
+        """All trials that have begun and are not void."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [t for t in trials if t.state != TrialState.WAITING and VOID not in t.user_attrs]
 
     def settled(self) -> bool:
-        """Whether all trials are over."""
-        trials = self.counted()
+        """Whether there are enough trials, and all are over."""
+        trials = self.begun()
         return len(trials) >= self.total and all(trial.state.is_finished() for trial in trials)
 
     def _bury(self) -> None:

@@ -87,7 +87,7 @@ class Asked:
         if metric not in known:
             raise ValueError(f"metric={metric!r}: validation measures {', '.join(known)}; give one of these.")
 
-    def record(self, settings: Mapping[str, Any], trials: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def record(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What a new study keeps, and its first trials."""
         how = {name: value for name, value in self.how.items() if value is not None}
         plan = self.plan
@@ -107,7 +107,7 @@ class Asked:
         rows = to_train(plan, self.schedules, self.limit_bytes)
         values = ["memory_bytes", str(settings["metric"]), "step_seconds"]
         kept = {"values": values, "settings": dict(settings), "plan": plan.to_dict(), "schedules": list(rows)}
-        return as_json(kept), replace(self.proposals, rows=rows).first()[:trials]
+        return as_json(kept), replace(self.proposals, rows=rows).first()
 
 
 def recall(

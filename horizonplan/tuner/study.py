@@ -148,14 +148,13 @@ class Study:
 
 
 def read(trial: FrozenTrial, rows: Mapping[str, Any]) -> Trial | None:
-    """A trial as it is kept; ``None``: it has not begun."""
+    """A trial as it is kept; ``None``: what it was to be made with is not known."""
     if SCHEDULE not in trial.params:
         return None
     found = trial.user_attrs.get(FOUND, {})
-    known = {TrialState.RUNNING: "running", TrialState.WAITING: "running"}
     return Trial(
         number=trial.number,
-        state=found.get("state", "failed") if trial.state not in known else "running",
+        state="running" if trial.state == TrialState.RUNNING else found.get("state", "failed"),
         row=rows[trial.params[SCHEDULE]],
         params=_ordered({name: value for name, value in trial.params.items() if name != SCHEDULE}),
         memory_bytes=found.get("memory_bytes"),

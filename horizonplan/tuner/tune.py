@@ -150,7 +150,7 @@ def tune_horizon(
     settings = {"metric": metric, "epochs": epochs, "seed": seed, "learning_rates": learning_rates}
     settings |= {"max_warmup": asked.proposals.warmup, "memory_limit": asked.limit_bytes, "schedules": schedules}
     directions: list[Direction] = ["minimize", "maximize" if higher else "minimize", "minimize"]
-    study, record = join(open_storage(storage), name, directions, partial(asked.record, settings, trials))
+    study, record = join(open_storage(storage), name, directions, partial(asked.record, settings))
     base, rows = recall(record, asked, settings, name)
     asked = replace(asked, plan=base, proposals=replace(asked.proposals, rows=rows))
     setting = Setting(
@@ -172,7 +172,7 @@ def tune_horizon(
     with Ledger(study, trials, seed, asked.limit_bytes) as ledger:
         tell = partial(_tell, report, metric)
         Workers(ledger, asked.proposals, setting, workers, prune, timeout_seconds, tell).run()
-        done = [trial for one in ledger.counted() if (trial := read(one, rows)) is not None]
+        done = [trial for one in ledger.begun() if (trial := read(one, rows)) is not None]
     return Study(tuple(done), asked.proposals, setting)
 
 

@@ -122,7 +122,7 @@ class Workers:
             return []
         histories = [
             trial.user_attrs[FOUND]["validations"]
-            for trial in self.ledger.counted()
+            for trial in self.ledger.begun()
             if trial.state == TrialState.COMPLETE and self._as_cheap(trial, row)
         ]
         if len(histories) < PEERS:
