@@ -172,13 +172,25 @@ def test_trial_that_runs_out_of_an_emulated_cards_memory_has_failed(tune, plan):
 def test_what_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
     sizes = sorted(row.memory_bytes for row in undominated(plan.rows))
     limit = sizes[len(sizes) // 2]
-    study = tune(trials=14, memory_limit=limit)
+    study = tune(trials=14, memory_limit=limit, max_warmup=0)
     assert len(trained) == 14
     assert all(options["plan"].row.memory_bytes <= limit for _, options in trained)
     assert max(sizes) > limit
     assert study.setting.limit_bytes == limit
     with pytest.raises(ValueError, match=r"no schedule fits 1 B.*memory_limit"):
         tune(memory_limit=1)
+
+
+def test_warm_up_that_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
+    """A warm-up's windows keep their graphs, so that one before checkpointing can need more than it."""
+    row = next(row for row in plan.rows if row.recompute == 2)
+    plain = tune(trials=12, plan=replace(plan, row=row), schedules=1, max_warmup=1)
+    by_warmup = {trial.params["warmup"]: trial.memory_bytes for trial in plain.trials}
+    assert by_warmup[0] < by_warmup[1]
+    trained.clear()
+    study = tune(trials=12, plan=replace(plan, row=row), schedules=1, max_warmup=1, memory_limit=by_warmup[0])
+    assert {options["warmup"] for _, options in trained} == {0}
+    assert {t.state for t in study.trials if t.params["warmup"]} == {"pruned"}
 
 
 def test_model_of_another_size_is_predicted_before_it_is_trained(tune, trained):
@@ -505,7 +517,7 @@ def test_trial_that_crashes_ends_no_other(tune):
 
 @pytest.mark.slow
 def test_trial_that_takes_too_long_has_failed(tune):
-    study = tune(trials=1, workers=1, timeout_seconds=2.0, model=tuner_job.maker, space=tuner_job.hangs)
+    study = tune(trials=1, workers=1, timeout_seconds=25.0, model=tuner_job.maker, space=tuner_job.hangs)
     assert states(study) == ["failed"]
 
 

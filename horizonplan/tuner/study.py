@@ -71,7 +71,10 @@ class Study:
         return self.plan_of(self.best)
 
     def plan_of(self, trial: Trial) -> Plan:
-        """The plan with a trial's schedule; its memory is what the trial measured, if that was of the same model."""
+        """The plan with a trial's schedule; its memory is what the trial measured, if that was of this and this alone.
+
+        It was not if ``space`` may have changed the model, or the trial began with other horizons.
+        """
         if trial not in self.trials:
             raise ValueError(f"trial {trial.number} is none of this study's.")
         rows, row = self.setting.plan.rows, trial.row
@@ -79,7 +82,8 @@ class Study:
         note = f"Schedule of trial {trial.number} of {len(self.trials)}"
         note += f", trained with {', '.join(told)}" if told else ""
         note += "".join(f", {name} {value:.4g}" for name, value in trial.metrics.items()) + "."
-        if trial.state == "finished" and trial.memory_bytes and self.setting.clock == "planned":
+        alone = self.setting.clock == "planned" and not trial.params.get(WARMUP)
+        if trial.state == "finished" and trial.memory_bytes and alone:
             seen = replace(row, memory_bytes=trial.memory_bytes, memory_source="measured")
             rows, row = tuple(seen if one == row else one for one in rows), seen
         return replace(self.setting.plan, row=row, rows=rows, notes=(note, *self.setting.plan.notes))
@@ -87,11 +91,12 @@ class Study:
     def options(self, trial: Trial | None = None) -> dict[str, Any]:
         """The arguments of :func:`horizonplan.train` that a trial (``None``: the best) was made with.
 
-        ``plan``, ``optimizer`` and ``warmup``, and what was given besides; not the model, the data, and the epochs.
+        ``plan``, ``optimizer``, ``warmup``, ``seed``, and what was given besides; not the model, the data, the epochs.
         """
         trial = self.best if trial is None else trial
         made = self._proposal(trial)
         own = {"plan": self.plan_of(trial), "optimizer": made.optimizer, "warmup": made.warmup}
+        own |= {"seed": self.setting.seed}
         return {**self.setting.options, **made.train_arguments, **own}
 
     def model_arguments(self, trial: Trial | None = None) -> dict[str, Any]:

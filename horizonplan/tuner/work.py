@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from horizonplan.algorithms import Fixed, Windows
 from horizonplan.batch import as_loader, take
 from horizonplan.chain.calls import rng_devices
 from horizonplan.devices import parse_device
 from horizonplan.fits import fits
 from horizonplan.plan import Plan
+from horizonplan.schedule import Schedule
 from horizonplan.training import Callback, PlanWarning, Result, Run, train
 from horizonplan.training.random_state import seeded_all
+from horizonplan.training.warmup import warm_up
 from horizonplan.units import format_bytes
 
 Model = nn.Module | Callable[..., nn.Module]
@@ -89,6 +92,8 @@ def perform(work: Work) -> Found:
         if (misfit := _misfit(work, model, data)) is not None:
             return misfit
         bar = _Bar(work.metric, work.higher_is_better, work.bars)
+        growing = bool(work.options.get("warmup"))  # from one epoch to the next, so the first step of each is looked at
+        every = _steps(data, work.options.get("accumulate", 1)) if growing else None
         try:
             result = train(
                 model,
@@ -100,6 +105,7 @@ def perform(work: Work) -> Found:
                 seed=work.seed,
                 oom_retries=0,  # a thriftier schedule is another trial
                 progress=False,
+                watch_every=100 if every is None else every,
                 **work.options,
             )
         except FloatingPointError as error:
@@ -127,28 +133,46 @@ def built(model: Model, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _misfit(work: Work, model: nn.Module, data: Any) -> Found | None:
-    """The end of a trial whose model, made by the user's own parameters, is predicted not to fit."""
-    if work.limit_bytes is None or not work.model_arguments:
-        return None  # the plan has weighed this model, and its schedule fits
+    """The end of a trial that is predicted not to fit."""
+    if work.limit_bytes is None:
+        return None
     plan, options = work.plan, work.options
     how = {name: options[name] for name in ("loss", "compute_loss", "projection") if name in options}
-    blocks = list(plan.blocks) if isinstance(plan.blocks, tuple) else plan.blocks
-    verdict = fits(
-        model,
-        take(as_loader(data), 1)[0],
-        work.limit_bytes,
-        plan.horizon,
-        stride=plan.stride,
-        recompute=plan.recompute,
-        optimizer=work.optimizer,
-        blocks=blocks,
-        **how,
-    )
-    needed = verdict.predicted_bytes + (verdict.margin_bytes if _cuda(work, model) else 0)
+    needed = 0
+    for schedule in _unweighed(work):
+        assert schedule.pair is not None
+        verdict = fits(
+            model,
+            take(as_loader(data), 1)[0],
+            work.limit_bytes,
+            schedule.pair[0],
+            stride=schedule.pair[1],
+            recompute=schedule.recompute,
+            optimizer=work.optimizer,
+            blocks=list(plan.blocks) if isinstance(plan.blocks, tuple) else plan.blocks,
+            **how,
+        )
+        needed = max(needed, verdict.predicted_bytes + (verdict.margin_bytes if _cuda(work, model) else 0))
     if needed <= work.limit_bytes:
         return None
     words = f"predicted to need {format_bytes(needed)} of {format_bytes(work.limit_bytes)}, so it was not trained"
     return Found(state="pruned", reason=words, memory_bytes=needed)
+
+
+def _unweighed(work: Work) -> list[Schedule]:
+    """The trial's schedules whose memory the plan has not weighed: a warm-up's, and all for a model of its own."""
+    final = work.plan.schedule
+    smaller = warm_up(Fixed(final), work.plan.depth, work.options.get("warmup", 0)).values()
+    found = [method.schedule(work.plan.depth) for method in smaller if isinstance(method, Windows)]
+    return [schedule for schedule in found if work.model_arguments or schedule != final]
+
+
+def _steps(data: Any, accumulate: int) -> int | None:
+    """Steps of an epoch, if that is known before."""
+    try:
+        return -(-len(as_loader(data)) // accumulate)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _found(work: Work, result: Result, bar: _Bar) -> Found:
