@@ -5,6 +5,7 @@ import json
 import math
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from horizonplan.rows import Row
 from horizonplan.tuner import work
 from horizonplan.tuner.ledger import MOST_DEATHS, VOID, Ledger
 from horizonplan.tuner.schedules import beats, label, to_train, undominated
-from horizonplan.tuner.storage import open_storage
+from horizonplan.tuner.storage import opened
 from horizonplan.tuner.trial import pareto
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -127,9 +128,9 @@ def test_accuracy_is_the_better_the_higher(tune):
 
 def test_same_seed_same_trials(tune):
     """Twelve: from the eleventh on proposals depend on what came of those before."""
-    first, second, other = tune(trials=12), tune(trials=12), tune(trials=12, seed=1)
+    first, second, other = tune(trials=12), tune(trials=12), tune(trials=6, seed=1)
     assert summary(first) == summary(second)
-    assert summary(first) != summary(other)
+    assert summary(first)[:6] != summary(other)
 
 
 def test_broken_off_study_goes_on_as_if_it_had_not_been(tune, tmp_path):
@@ -184,11 +185,11 @@ def test_what_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
 def test_warm_up_that_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
     """A warm-up's windows keep their graphs, so that one before checkpointing can need more than it."""
     row = next(row for row in plan.rows if row.recompute == 2)
-    plain = tune(trials=12, plan=replace(plan, row=row), schedules=1, max_warmup=1)
+    plain = tune(trials=5, plan=replace(plan, row=row), schedules=1, max_warmup=1)
     by_warmup = {trial.params["warmup"]: trial.memory_bytes for trial in plain.trials}
     assert by_warmup[0] < by_warmup[1]
     trained.clear()
-    study = tune(trials=12, plan=replace(plan, row=row), schedules=1, max_warmup=1, memory_limit=by_warmup[0])
+    study = tune(trials=5, plan=replace(plan, row=row), schedules=1, max_warmup=1, memory_limit=by_warmup[0])
     assert {options["warmup"] for _, options in trained} == {0}
     assert {t.state for t in study.trials if t.params["warmup"]} == {"pruned"}
 
@@ -199,7 +200,7 @@ def test_model_of_another_size_is_predicted_before_it_is_trained(tune, trained):
     def space(trial):
         return {"model": {"width": trial.suggest_categorical("width", [8, 256])}}
 
-    study = tune(trials=8, model=tuner_job.maker, space=space, memory_limit=limit)
+    study = tune(trials=4, schedules=1, model=tuner_job.maker, space=space, memory_limit=limit)
     assert {trial.params["width"] for trial in study.trials} == {8, 256}
     for trial in study.trials:
         assert (trial.state == "pruned") == (trial.params["width"] == 256) == (not trial.feasible)
@@ -244,23 +245,31 @@ def test_trial_worse_than_the_median_is_ended_after_that_epoch(tune, prune):
     assert len(study.trials[5].validations) == 3
 
 
-def test_cheap_schedule_is_not_held_against_dear_ones(tune, plan):
-    """Three trials of a dear schedule that learn, then a cheap one that does not: nothing as cheap is better."""
+def test_trials_are_held_against_schedules_as_cheap_only(tune, plan):
+    """Every third trial does not learn. Which of them are ended is told by the rule written out."""
     rows = sorted(to_train(plan, 6, None).values(), key=lambda row: row.memory_bytes)
-    dear, cheap = replace(rows[-1], step_seconds=1.0), replace(rows[0], step_seconds=0.5)
-    two = replace(plan, rows=(dear, cheap), row=dear)
-    names = [label(dear), label(cheap)]
+    cheap, dear = replace(rows[0], step_seconds=0.5), replace(rows[-1], step_seconds=1.0)
     study = tune(
-        trials=14,
-        plan=two,
+        trials=13,
+        plan=replace(plan, rows=(dear, cheap), row=dear),
         learning_rates=None,
         optimizer=torch.optim.SGD,
-        space=lambda t: {"optimizer": {"lr": 1e-9 if t.number == 1 else 0.1}},
+        space=lambda t: {"optimizer": {"lr": 1e-9 if t.number % 3 == 2 else 0.1}},
         max_warmup=0,
     )
-    assert {label(trial.row) for trial in study.trials} == set(names)
-    assert study.trials[1].state == "finished"
-    assert label(study.trials[1].row) == label(cheap)
+
+    def worse(trial, peers):
+        seen = [peer.validations[0]["loss"] for peer in peers]
+        return len(seen) >= 3 and trial.validations[0]["loss"] > statistics.median(seen)
+
+    spared = 0
+    for trial in study.trials:
+        before = [t for t in study.trials[: trial.number] if t.state == "finished"]
+        as_cheap = [t for t in before if t.row == trial.row or trial.row == dear]
+        assert (trial.state == "pruned") == worse(trial, as_cheap)
+        spared += worse(trial, before) and not worse(trial, as_cheap)
+    assert "pruned" in states(study)
+    assert spared
 
 
 VALUES = st.tuples(*[st.integers(0, 3).map(float)] * 3)
@@ -295,10 +304,12 @@ def test_schedules_are_those_that_nothing_beats(points):
 def test_trials_are_those_of_optuna(tune, tmp_path):
     """Whoever opens the journal with Optuna sees the same trials, values and constraints."""
     study = tune(trials=4, storage=tmp_path / "study.log", memory_limit="1GiB")
-    kept = optuna.load_study(study_name="horizonplan", storage=open_storage(tmp_path / "study.log"))
-    assert [(t.number, tuple(t.values)) for t in kept.trials] == [(t.number, t.values) for t in study.trials]
-    assert {t.number for t in kept.best_trials} == {t.number for t in study.best_trials}
-    assert [t.constraints["memory"] for t in kept.trials] == [t.memory_bytes - 2**30 for t in study.trials]
+    with opened(tmp_path / "study.log") as storage:
+        theirs = optuna.load_study(study_name="horizonplan", storage=storage)
+    complete = theirs.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert [(t.number, tuple(t.values)) for t in complete] == [(t.number, t.values) for t in study.trials]
+    assert {t.number for t in theirs.best_trials} == {t.number for t in study.best_trials}
+    assert [t.constraints["memory"] for t in complete] == [t.memory_bytes - 2**30 for t in study.trials]
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code": 4, "worker_id"', b"{", b'{"a":1}'])
@@ -319,9 +330,10 @@ def test_file_that_is_no_journal_is_refused_and_left_alone(tune, tmp_path):
     assert path.read_text() == "Dear diary,\nnothing happened.\n"
 
 
-def ledger(storage, total=3):
+def ledger(path, total):
     """A ledger on a study of no models."""
-    study = optuna.create_study(storage=storage, study_name="s", directions=["minimize"] * 3, load_if_exists=True)
+    with opened(path) as storage:
+        study = optuna.create_study(storage=storage, study_name="s", directions=["minimize"] * 3, load_if_exists=True)
     return Ledger(study, total, 0, None)
 
 
@@ -332,11 +344,11 @@ def draw(trial):
 def test_trial_of_a_dead_owner_is_made_again_until_it_has_failed(tmp_path):
     seen = []
     for _ in range(MOST_DEATHS):
-        with ledger(open_storage(tmp_path / "log"), total=1) as left:
+        with ledger(tmp_path / "log", total=1) as left:
             seen.append(left.take(draw)[1])
             assert left.take(draw) is None  # one is all there are to be
     assert len(set(seen)) == 1
-    with ledger(open_storage(tmp_path / "log"), total=1) as last:
+    with ledger(tmp_path / "log", total=1) as last:
         assert last.take(draw) is None
         assert last.settled()
         (trial,) = last.begun()
@@ -344,7 +356,7 @@ def test_trial_of_a_dead_owner_is_made_again_until_it_has_failed(tmp_path):
 
 
 def test_trial_of_a_living_owner_is_left_to_it(tmp_path):
-    with ledger(open_storage(tmp_path / "log"), total=1) as one, ledger(open_storage(tmp_path / "log"), 1) as two:
+    with ledger(tmp_path / "log", total=1) as one, ledger(tmp_path / "log", total=1) as two:
         trial, _ = one.take(draw)
         assert two.take(draw) is None
         assert not two.settled()
@@ -354,7 +366,7 @@ def test_trial_of_a_living_owner_is_left_to_it(tmp_path):
 
 
 def test_many_at_once_make_as_many_as_asked_for(tmp_path):
-    ledgers = [ledger(open_storage(tmp_path / "log"), total=20) for _ in range(3)]
+    ledgers = [ledger(tmp_path / "log", total=20) for _ in range(3)]
 
     def make(one):
         while not one.settled():
@@ -526,14 +538,18 @@ def started(storage, trials, workers):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finished(storage):
-    """Number -> values of the trials that are complete in a storage."""
-    try:
-        study = optuna.load_study(study_name="horizonplan", storage=open_storage(storage))
-    except KeyError:
-        return {}
-    kept = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    return {trial.number: (tuple(trial.values), trial.params) for trial in kept}
+def kept(place):
+    """The trials in a storage; none if there is no study yet."""
+    with opened(place) as storage:
+        if "horizonplan" not in optuna.get_all_study_names(storage):
+            return []
+        return optuna.load_study(study_name="horizonplan", storage=storage).trials
+
+
+def finished(place):
+    """Number -> values and parameters of the trials that are complete."""
+    complete = [trial for trial in kept(place) if trial.state == optuna.trial.TrialState.COMPLETE]
+    return {trial.number: (tuple(trial.values), trial.params) for trial in complete}
 
 
 def killed_often(storage, trials, workers, times, rng):
@@ -552,9 +568,9 @@ def killed_often(storage, trials, workers, times, rng):
     assert (last.returncode, output.strip()) == (0, str(trials)), errors
     now = finished(storage)
     assert known.items() <= now.items()
-    study = optuna.load_study(study_name="horizonplan", storage=open_storage(storage))
-    assert sum(VOID not in trial.user_attrs for trial in study.trials) == trials
-    assert all(trial.state.is_finished() for trial in study.trials)
+    begun = [t for t in kept(storage) if t.state != optuna.trial.TrialState.WAITING and VOID not in t.user_attrs]
+    assert len(begun) == trials
+    assert all(trial.state.is_finished() for trial in begun)
     return len(known)
 
 
@@ -571,6 +587,5 @@ def test_two_processes_share_a_database():
         outputs = [process.communicate(timeout=300) for process in both]
         assert [output.strip() for output, _ in outputs] == ["6", "6"], outputs
         assert len(finished(url)) == 6
-        study = optuna.load_study(study_name="horizonplan", storage=open_storage(url))
-        assert len({trial.user_attrs["owner"] for trial in study.trials}) == 2
+        assert len({trial.user_attrs["owner"] for trial in kept(url) if "owner" in trial.user_attrs}) == 2
         killed_often(url, 9, 1, 2, random.Random(0))

@@ -44,9 +44,11 @@ class Asked:
     progress: Progress
 
     @property
-    def changes_model(self) -> bool:
-        """Whether trials may have models of other sizes than the plan's."""
-        return self.proposals.factory and self.proposals.space is not None
+    def clock(self) -> str:
+        """Whose seconds of a step count: the plan's, or each trial's own where the plan does not know them."""
+        changed = self.proposals.factory and self.proposals.space is not None  # perhaps a model of another size
+        known = all(row.step_seconds is not None for row in self.proposals.rows.values())
+        return "planned" if known and not changed else "measured"
 
     @property
     def limit_bytes(self) -> int | None:

@@ -11,22 +11,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
+from time import sleep
 from typing import cast
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 Place = str | Path | BaseStorage | None
 
 
-def open_storage(place: Place) -> BaseStorage:
-    """Open what keeps a study.
+@contextmanager
+def opened(place: Place) -> Iterator[BaseStorage]:
+    """Open what keeps a study, and close it afterwards, if it was not opened before.
 
     Args:
         place: ``None``: memory; a path: a journal, made if it is not there; a URL (``postgresql://user@host/name``,
@@ -36,27 +38,42 @@ def open_storage(place: Place) -> BaseStorage:
         ValueError: the folder of a journal is not there, the file is none, or there is no such database.
     """
     if place is None:
-        return InMemoryStorage()
-    if isinstance(place, BaseStorage):
-        return place
-    if "://" in str(place):
-        return _database(str(place))
-    return _journal(Path(place).absolute())
+        yield InMemoryStorage()
+    elif isinstance(place, BaseStorage):
+        yield place
+    elif "://" in str(place):
+        storage = _database(str(place))
+        try:
+            yield storage
+        finally:
+            storage.engine.dispose()
+    else:
+        yield _journal(Path(place).absolute())
 
 
-def _database(url: str) -> BaseStorage:
+def _database(url: str) -> RDBStorage:
+    shown = url
     try:
         parsed = make_url(url)
+        shown = parsed.render_as_string()  # without the password
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-        return RDBStorage(parsed.render_as_string(hide_password=False))
+        return _connected(parsed.render_as_string(hide_password=False))
     except (ArgumentError, SQLAlchemyError, ImportError) as error:
-        shown = make_url(url).render_as_string() if not isinstance(error, ArgumentError) else url
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"storage={shown!r}: it cannot be opened ({reason}); give a URL such as postgresql://user@host/name, and "
             "for PostgreSQL: pip install 'horizonplan[postgresql]'."
         ) from error
+
+
+def _connected(url: str, attempts: int = 10) -> RDBStorage:
+    """The database with Optuna's tables, which two processes that come first at once both try to make."""
+    for _ in range(attempts - 1):
+        with suppress(IntegrityError, ProgrammingError):
+            return RDBStorage(url)
+        sleep(0.2)
+    return RDBStorage(url)
 
 
 def _journal(path: Path) -> BaseStorage:

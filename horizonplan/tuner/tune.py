@@ -24,7 +24,7 @@ from horizonplan.tuner.planning import Asked, recall
 from horizonplan.tuner.proposals import Proposal, Proposals, Space, check_optimizer, check_options
 from horizonplan.tuner.schedules import label
 from horizonplan.tuner.setting import Setting
-from horizonplan.tuner.storage import Place, open_storage
+from horizonplan.tuner.storage import Place, opened
 from horizonplan.tuner.study import Study, read
 from horizonplan.tuner.work import Found, Model
 from horizonplan.tuner.workers import Workers
@@ -150,29 +150,29 @@ def tune_horizon(
     settings = {"metric": metric, "epochs": epochs, "seed": seed, "learning_rates": learning_rates}
     settings |= {"max_warmup": asked.proposals.warmup, "memory_limit": asked.limit_bytes, "schedules": schedules}
     directions: list[Direction] = ["minimize", "maximize" if higher else "minimize", "minimize"]
-    study, record = join(open_storage(storage), name, directions, partial(asked.record, settings))
-    base, rows = recall(record, asked, settings, name)
-    asked = replace(asked, plan=base, proposals=replace(asked.proposals, rows=rows))
-    setting = Setting(
-        model=model,
-        data=data,
-        val_data=val_data,
-        plan=base,
-        epochs=epochs,
-        metric=metric,
-        higher_is_better=higher,
-        clock="planned" if not asked.changes_model and all(row.step_seconds for row in rows.values()) else "measured",
-        limit_bytes=asked.limit_bytes,
-        seed=seed,
-        workers=workers,
-        options={n: v for n, v in {**asked.how, "device": device, "metrics": metrics}.items() if v is not None}
-        | dict(options or {}),
-    )
-    report = reporter(progress, trials)
-    with Ledger(study, trials, seed, asked.limit_bytes) as ledger:
-        tell = partial(_tell, report, metric)
-        Workers(ledger, asked.proposals, setting, workers, prune, timeout_seconds, tell).run()
-        done = [trial for one in ledger.begun() if (trial := read(one, rows)) is not None]
+    with opened(storage) as kept:
+        study, record = join(kept, name, directions, partial(asked.record, settings))
+        base, rows = recall(record, asked, settings, name)
+        asked = replace(asked, plan=base, proposals=replace(asked.proposals, rows=rows))
+        given = {**asked.how, "device": device, "metrics": metrics}
+        setting = Setting(
+            model=model,
+            data=data,
+            val_data=val_data,
+            plan=base,
+            epochs=epochs,
+            metric=metric,
+            higher_is_better=higher,
+            clock=asked.clock,
+            limit_bytes=asked.limit_bytes,
+            seed=seed,
+            workers=workers,
+            options={n: value for n, value in given.items() if value is not None} | dict(options or {}),
+        )
+        with Ledger(study, trials, seed, asked.limit_bytes) as ledger:
+            tell = partial(_tell, reporter(progress, trials), metric)
+            Workers(ledger, asked.proposals, setting, workers, prune, timeout_seconds, tell).run()
+            done = [trial for one in ledger.begun() if (trial := read(one, rows)) is not None]
     return Study(tuple(done), asked.proposals, setting)
 
 
