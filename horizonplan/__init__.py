@@ -40,6 +40,7 @@ from horizonplan.training import (
     Trainer,
     train,
 )
+from horizonplan.tuner import Study, Trial, tune_horizon
 from horizonplan.verify import Report, verify
 
 try:
@@ -76,11 +77,13 @@ __all__ = [
     "Row",
     "Schedule",
     "SimulationError",
+    "Study",
     "Sweep",
     "TensorBoard",
     "Terminated",
     "TimeToLoss",
     "Trainer",
+    "Trial",
     "Weighted",
     "Window",
     "algorithms",
@@ -96,5 +99,6 @@ __all__ = [
     "select",
     "sweep",
     "train",
+    "tune_horizon",
     "verify",
 ]
