@@ -3,8 +3,8 @@
 All runs of a task and seed have the same initial weights and see the same batches in the same order. A cell of
 `truth-<task>.jsonl` has:
 
-- `losses`: training losses, the mean of every THIN steps, up to where the run diverged; `start` (back-propagation only):
-  those of the initial weights on the same batches;
+- `losses`: training losses, the mean of every THIN steps, up to where the run diverged; `start` (back-propagation
+  only): those of the initial weights on the same batches;
 - `loss`: the mean over the last quarter of the steps, `None` if the run `diverged`, that is if a loss was not finite;
 - `val_loss`, `val_accuracy` at the end (accuracy where there are classes);
 - `peak_bytes` and `flops` of one step, predicted from a profile;
@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,6 @@ def run(names: Sequence[str], seeds: Sequence[int], folder: Path, tasks: dict[st
 
 def tune(names: Sequence[str], seed: int = 100) -> None:
     """Print back-propagation's final loss at learning rates around the task's, for one more seed."""
-    from dataclasses import replace
-
     for name in names:
         task = TASKS[name]
         train_data, _ = task.data(seed)
