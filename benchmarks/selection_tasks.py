@@ -152,7 +152,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("m1", "M1, linear", lambda: ResidualLinear(10, 10, 10, 8), linear_data, SGD, 0.1, 100, 400),
-        Task("m2", "M2, MLP", lambda: ResidualMLP(1, 10, 4, 8), trigonometric_data, SGD, 0.1, 100, 400),
+        Task("m2", "M2, MLP", lambda: ResidualMLP(1, 10, 4, 8), trigonometric_data, SGD, 0.03, 100, 800),
         Task("m3", "M3, ResNet", lambda: ResidualCNN(1, (8, 16, 32), 3), _digits, SGD, 0.05, 32, 200),
         Task(
             "vit",
