@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,43 +88,42 @@ def _predict(bench: Bench, order: Sequence[Batch], seed: int, store: Store) -> N
 
 def _select(bench: Bench, order: Sequence[Batch], seed: int, truth: list[dict[str, Any]], store: Store) -> None:
     asked = list(problems(truths_of(truth, TAIL, THIN)))
-    ways = {"paper": {"strides": (1,), "rollout_steps": 0}, "cosine": {}}
+
+    def plan(objective: hp.Objective, cost: Any, **how: Any) -> hp.Plan:
+        model, optimizer = bench.task.start(seed), bench.task.optimizer
+        more: dict[str, Any] = {"optimizer": optimizer, "seed": seed, "progress": False, **how}
+        return hp.plan_horizon(model, list(order), objective=objective, cost=cost, **more)
+
+    @cache
+    def measured() -> hp.Plan:  # made for the first problem, whichever is asked first
+        return plan(*asked[0][1:], strides=(1,), rollout_steps=0)
+
+    ways: dict[str, Callable[[hp.Objective, Any], hp.Plan]] = {"paper": lambda o, c: replan(measured(), o, c)}
+    ways["cosine"] = plan
     if can_roll_out():
-        ways["rollout"] = {"accuracy": "rollout", "rollout_budget": ROLLOUT_BUDGET * exhaustive(truth)}
-    first: hp.Plan | None = None
+        budget = ROLLOUT_BUDGET * exhaustive(truth)
+        ways["rollout"] = lambda o, c: plan(o, c, accuracy="rollout", rollout_budget=budget)
     for problem, objective, cost in asked:
-        for way, how in ways.items():
+        for way, choose in ways.items():
             name = name_of(seed, f"{way}: {problem}")
-            if name in store:
-                continue
-            begun = time.process_time()
-            try:
-                if way == "paper" and first is not None:
-                    plan = replan(first, objective, cost)
-                else:
-                    plan = hp.plan_horizon(
-                        bench.task.start(seed),
-                        list(order),
-                        objective=objective,
-                        cost=cost,
-                        optimizer=bench.task.optimizer,
-                        seed=seed,
-                        progress=False,
-                        **how,
-                    )
-            except hp.InfeasibleError as error:
-                found: dict[str, Any] = {"chosen": None, "why": str(error), "steps": None, "rate": None}
-            else:
-                first = plan if way == "paper" and first is None else first
-                found = {
-                    "chosen": way_of(plan.horizon, plan.stride, plan.depth),
-                    "steps": round(sum(plan.provenance["probing_steps"].values()), 1),
-                    "rate": plan.row.rate,
-                    "rate_source": plan.row.rate_source,
-                }
-            found |= {"cpu_seconds": round(time.process_time() - begun, 3)}
-            store.add(name, {"seed": seed, "way": way, "problem": problem, **found})
-            print(
-                f"{bench.task.name:7}seed {seed} {way:8}{problem:22}{found['chosen']}  {found['steps']} steps",
-                flush=True,
-            )
+            if name not in store:
+                found = _chosen(choose, objective, cost)
+                store.add(name, {"seed": seed, "way": way, "problem": problem, **found})
+                title = f"{bench.task.name:7}seed {seed} {way:8}{problem:22}"
+                print(f"{title}{found['chosen']}  {found['steps']} steps", flush=True)
+
+
+def _chosen(choose: Callable[[hp.Objective, Any], hp.Plan], objective: hp.Objective, cost: Any) -> dict[str, Any]:
+    """What was taken, what for, and what finding it cost."""
+    begun = time.process_time()
+    try:
+        plan = choose(objective, cost)
+    except hp.InfeasibleError as error:
+        return {"chosen": None, "why": str(error), "steps": None, "rate": None, "cpu_seconds": 0.0}
+    return {
+        "chosen": way_of(plan.horizon, plan.stride, plan.depth),
+        "steps": round(sum(plan.provenance["probing_steps"].values()), 1),
+        "rate": plan.row.rate,
+        "rate_source": plan.row.rate_source,
+        "cpu_seconds": round(time.process_time() - begun, 3),
+    }
