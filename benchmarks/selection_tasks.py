@@ -2,8 +2,8 @@
 
 M1 to M3 are those of "Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive Control",
 Section 5, made smaller: 8 residual layers instead of 13, a ResNet with 9 blocks instead of 30 on the digits of
-scikit-learn instead of CIFAR-10, some hundred steps instead of 40 epochs, and no decay of the learning rate. docs/log.md
-says how the learning rates were found, with `selection.py --tune`.
+scikit-learn instead of CIFAR-10, some hundred steps instead of 40 epochs, and no decay of the learning rate. How
+the learning rates were found is in docs/log.md; `selection.py --tune` tries them.
 """
 
 from __future__ import annotations
