@@ -125,7 +125,7 @@ def retimed(
         timers = [Timer(chain, batch, kinds_of(found.costs), context) for batch, found, context in subjects]
         in_turn(timers, rounds)
     with restored(chain, weights=True):
-        update = update_seconds(chain, optimizer, rounds)
+        update = update_seconds(chain, _stepped(chain, optimizer), rounds)
     return [
         replace(found, seconds=timer.means(), update_seconds=update)
         for (_, found, _), timer in zip(subjects, timers, strict=True)
@@ -305,18 +305,23 @@ def _measure_bytes(chain: Chain, batch: Any, summed: bool) -> Profile:
     )
 
 
-def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) -> dict[str, Any]:
-    """What the optimiser's step costs, with all gradients there and its state already made."""
+def _stepped(chain: Chain, optimizer: Optimize | None) -> torch.optim.Optimizer:
+    """The optimiser with all gradients there and its state made."""
     parameters = trainable(chain)
     made = optimizer_for(parameters, optimizer)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     made.step()
+    return made
+
+
+def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) -> dict[str, Any]:
+    """What the optimiser's step costs."""
+    made = _stepped(chain, optimizer)
     with LiveBytes() as tracker:
         made.step()
-    base = standing_bytes(chain, made, batch)
     return {
-        "base_bytes": base,
+        "base_bytes": standing_bytes(chain, made, batch),
         "update_bytes": tracker.peak,
-        "update_seconds": update_seconds(chain, optimizer, FEWEST * repeats) if repeats else 0.0,
+        "update_seconds": update_seconds(chain, made, FEWEST * repeats) if repeats else 0.0,
     }

@@ -20,7 +20,6 @@ import torch
 from horizonplan.chain import Chain
 from horizonplan.gradient import Step, execute
 from horizonplan.probes.drill import Driller, Key, clear, full_drill, key_of, plain_drill
-from horizonplan.probes.steady import Optimize, optimizer_for, trainable
 from horizonplan.schedule import Drop, Op, Pull
 
 Kinds = Mapping[Key, tuple[int, int]]
@@ -82,16 +81,14 @@ def in_turn(timers: Sequence[Timer], rounds: int) -> None:
             timer.run()
 
 
-def update_seconds(chain: Chain, optimizer: Optimize | None, repeats: int) -> float:
-    """Mean seconds of the optimiser's step, its state made; weights are changed, so restore them."""
-    made, times = optimizer_for(trainable(chain), optimizer), []
-    for p in trainable(chain):
-        p.grad = torch.zeros_like(p)
-    for _ in range(repeats + 1):  # the first makes the state
+def update_seconds(chain: Chain, made: torch.optim.Optimizer, repeats: int) -> float:
+    """Mean seconds of the steps of an optimiser whose state is made; weights are changed, so restore them."""
+    times = []
+    for _ in range(repeats):
         start = now(chain)
         made.step()
         times.append(now(chain) - start)
-    return statistics.fmean(times[1:])
+    return statistics.fmean(times)
 
 
 def now(chain: Chain) -> float:
