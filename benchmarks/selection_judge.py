@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import horizonplan as hp
-from horizonplan.probes.rate import relative_rate
+from horizonplan.rates import relative_rate
 
 INFEASIBLE = 1.5
 LADDER = 0.3  # a node's part of the largest memory (the paper's C2)
