@@ -20,7 +20,7 @@ from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.choice import Judge, choose_horizon, shortfall_notes
 from horizonplan.contest import best_rated, decide_by_rollouts
 from horizonplan.cost import Cost
-from horizonplan.decide import decide_memory, decide_stride, next_best
+from horizonplan.decide import Decision, decide_memory, decide_stride, next_best
 from horizonplan.devices import ASSUMED, Calibration, Card, check_calibration, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
@@ -33,10 +33,10 @@ from horizonplan.probes.runs import Stream
 from horizonplan.probes.steady import Optimize
 from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
-from horizonplan.progress import Progress, reporter
+from horizonplan.progress import Progress, Report, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements, varying
-from horizonplan.settle import settle
+from horizonplan.settle import Settled, settle
 from horizonplan.weigh import best, decide_with_runs, weigh_memory
 
 logger = logging.getLogger("horizonplan")
@@ -164,23 +164,14 @@ def plan_horizon(
         beside = probing.alternatives() if everything else None
         report(f"memory and cosine at {len(places)} horizons")
         judge = replace(judge, node_bytes=_node_bytes(place, card), beside=beside)
-        by_rollouts = accuracy == "rollout"
-        found = settle(probing, judge, places, 0 if by_rollouts else probe_steps)
-        if by_rollouts:
+        found = settle(probing, judge, places, 0 if accuracy == "rollout" else probe_steps)
+        if accuracy == "rollout":
             report(f"rollouts of up to {rollout_steps} steps or more")
             decision = decide_by_rollouts(probing, found, Stream(loader), rollout_steps, rollout_budget, seed)
         else:
-            price = found.judge.price(found.rows)
-            chosen = best(found.rows, found.judge) if everything else choose_horizon(found.rows, objective, price)
-            report(_next_stage(chosen.horizon, chain.depth, rollout_steps))
-            order = taken(loader, rollout_steps) if rollout_steps else []
-            decide = decide_with_runs if everything else decide_stride
-            decision = decide(probing, found, chosen, order, rollout_steps, seed)
+            decision = _by_cosine(probing, found, loader, rollout_steps, seed, everything, report)
         report("memory of the choice")
-        if everything:
-            decision = weigh_memory(probing, found.judge, decision)
-        else:
-            decision = decide_memory(probing, found.judge, decision, best_rated if by_rollouts else next_best)
+        decision = _with_memory(probing, found.judge, decision, everything, accuracy)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
@@ -264,10 +255,36 @@ def _chain(
     return chain, limit, flops
 
 
-def _next_stage(horizon: int, depth: int, rollout_steps: int) -> str:
-    if horizon == depth:
-        return "no short runs: exact"
-    return f"short runs at h={horizon}" if rollout_steps else f"no short runs: the first stride at h={horizon}"
+def _by_cosine(
+    probing: Probing,
+    found: Settled,
+    loader: Iterable[Any],
+    rollout_steps: int,
+    seed: int,
+    everything: bool,
+    report: Report,
+) -> Decision:
+    """The choice by cosine^2, and what short runs make of it."""
+    if everything:
+        chosen = best(found.rows, found.judge)
+    else:
+        chosen = choose_horizon(found.rows, found.judge.objective, found.judge.price(found.rows))
+    if chosen.horizon == probing.chain.depth:
+        report("no short runs: exact")
+    elif rollout_steps:
+        report(f"short runs at h={chosen.horizon}")
+    else:
+        report(f"no short runs: the first stride at h={chosen.horizon}")
+    order = taken(loader, rollout_steps) if rollout_steps else []
+    decide = decide_with_runs if everything else decide_stride
+    return decide(probing, found, chosen, order, rollout_steps, seed)
+
+
+def _with_memory(probing: Probing, judge: Judge, decision: Decision, everything: bool, accuracy: str) -> Decision:
+    """The choice with measured memory, or the next one where it does not fit."""
+    if everything:
+        return weigh_memory(probing, judge, decision)
+    return decide_memory(probing, judge, decision, best_rated if accuracy == "rollout" else next_best)
 
 
 def _node_bytes(place: torch.device, card: Card | None) -> int | None:

@@ -59,7 +59,7 @@ def undominated(rows: Iterable[Row]) -> list[Row]:
     """
     rows = list(rows)
     clocked = all(row.step_seconds is not None for row in rows)
-    plain = {row.horizon: row.rate for row in rows if row.stride == 1 and not row.recompute}
+    plain = {row.horizon: row.rate for row in rows if row.stride == 1 and row.plain}
 
     def costs(row: Row) -> tuple[float, float, float]:
         time = row.step_seconds if clocked else row.flops
