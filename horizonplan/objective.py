@@ -354,12 +354,20 @@ more horizons and batches
     needed = nearest.memory_bytes if nearest.device_bytes is None else nearest.device_bytes
     margin = needed - nearest.memory_bytes
     raise InfeasibleError(
-        f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
-        f"{nearest.stride}, has rate {rate} and needs {format_bytes(needed)}"
+        f"no candidate is feasible for {objective.describe()}; the nearest, {_way(nearest)}, has rate {rate} and needs "
+        f"{format_bytes(needed)}"
         f"{f' ({format_bytes(margin)} of them for context and margin)' if margin > 0 else ''}"
         f"{_TOO_LARGE if nearest.fits is False else f': {objective.remedy}'}",
         nearest,
     )
+
+
+def _way(row: Row) -> str:
+    """What a row does, in words."""
+    words = f"horizon {row.horizon} and stride {row.stride}"
+    words += f", recompute {row.recompute}" if row.recompute else ""
+    words += f", in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
+    return words + (f", {row.precision}" if row.precision != "fp32" else "")
 
 
 def _evaluated(row: Row, objective: Objective, cost: float) -> Row:
