@@ -70,6 +70,13 @@ def with_memory(row: Row, sample: Sample | None) -> Row:
     return replace(row, memory_bytes=round(sample.value), memory_source="measured", nvml_bytes=nvml)
 
 
+def with_measured_bytes(row: Row, size: int) -> Row:
+    """The row with bytes that a step was seen to need; what the device needs beyond them stays the same."""
+    more = size - row.memory_bytes
+    device, nvml = (None if known is None else known + more for known in (row.device_bytes, row.nvml_bytes))
+    return replace(row, memory_bytes=size, memory_source="measured", device_bytes=device, nvml_bytes=nvml)
+
+
 @dataclass(frozen=True)
 class Room:
     """What a device has for a step.

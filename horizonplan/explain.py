@@ -77,8 +77,10 @@ def probing_in_words(steps: Mapping[str, float], seconds: float) -> str:
     return f"Probing took {format_seconds(seconds)}, in steps of back-propagation: {stages}."
 
 
-def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool) -> str:
-    """Whether what was predicted of a held-out horizon came out."""
+def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool, missed: Sequence[str]) -> str:
+    """Whether what was predicted of a held-out horizon came out, and what a run of the choice itself has missed."""
+    if missed:
+        return f"Not verified: a run of the first choice missed its {' and '.join(missed)}."
     if not held_out and not verified:
         return f"Not verified: {'nothing could be held out' if measured else 'nothing was measured'}."
     if not held_out:

@@ -192,6 +192,8 @@ def plan_horizon(
         provenance={
             **circumstances(chain, probing.biggest, optimizer, seed, str(device if card else place)),
             **measurements(probing.samples, decision.rolled),
+            "candidates": candidates,
+            "accuracy": accuracy,
             "memory_counts": memory,
             "nvml_fallback": driver.fallback,
             "probing_steps": spent,
