@@ -17,6 +17,7 @@ from horizonplan.batch import (
     default_loss,
     model_inputs,
     resolve_loss,
+    scalar,
     signature,
     target_of,
     tensors,
@@ -52,6 +53,17 @@ class _Composed(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x if self.head is None else self.head(x)
+
+
+class _Stands(nn.Module):
+    """In a model's place: returns what it is given, whatever it is called with."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
 
 
 class Chain:
@@ -186,6 +198,23 @@ class Chain:
     def loss(self, batch: Any) -> Tensor:
         """The model's loss on a batch, by its own forward: ``loss(batch).backward()`` is back-propagation."""
         return self._compute(self.model, batch)
+
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        """The loss of an output that something else made in the model's place (an auxiliary head, say).
+
+        Args:
+            output: what a call of the model would return.
+            batch: the batch, for its target.
+
+        Raises:
+            ValueError: the loss needs more of the model than its output.
+        """
+        try:
+            return scalar(self._compute(_Stands(output), batch))
+        except AttributeError as error:
+            raise ValueError(
+                f"loss: it reads more of the model than its output ({error}); give a loss of its own."
+            ) from error
 
     def check(self, batch: Any, name: str = "this batch") -> None:
         """Try the model's forward and loss on a batch, changing nothing.

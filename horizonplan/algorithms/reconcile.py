@@ -1,0 +1,52 @@
+"""The regulariser of successive gradient reconciliation: how far two gradients of one state are from each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Scale = float | Tensor
+
+
+def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -> Tensor:
+    """The regulariser ("Towards Interpretable Deep Local Learning with Successive Gradient Reconciliation").
+
+    Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero),
+    then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the squared norm of the
+    difference, summed over samples and features. The gradients are those of a mean over the batch, so the plain term
+    shrinks with the batch; the normalised one shrinks with the number of features.
+
+    Args:
+        now: the gradient of the module's loss in its input, ``(B, ...)``; its graph is kept.
+        before: the gradient of the module before in its own output, ``(B, ...)``, a constant.
+        normalize: which of the two.
+        scale: a factor that both gradients carry (loss scaling); the result does not.
+
+    Returns:
+        A scalar of at least single precision.
+    """
+    now, before = (_wide(g.flatten(1) if g.ndim > 1 else g.unsqueeze(1)) for g in (now, before))
+    if normalize:
+        found: Tensor = F.mse_loss(F.normalize(now, dim=1, eps=tiny(now)), F.normalize(before, dim=1, eps=tiny(now)))
+        return found
+    return ((now - before) / scale).square().sum()
+
+
+def split_scale(scale: Scale) -> tuple[Scale, Scale]:
+    """A factor on a loss as ``inner * outer``, ``inner`` never 0: gradients can be divided by it."""
+    if not isinstance(scale, Tensor):
+        return (scale, 1.0) if scale != 0 else (1.0, 0.0)
+    inner = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return inner, scale / inner
+
+
+def tiny(like: Tensor) -> float:
+    """A norm below which a gradient counts as zero."""
+    return math.sqrt(torch.finfo(like.dtype).tiny)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
