@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.modules import Modules
-from horizonplan.algorithms.reconcile import Scale, distance, split_scale
+from horizonplan.algorithms.reconcile import Scale, distance, refuse_once, split_scale
 from horizonplan.algorithms.trial import copies, hollow
 from horizonplan.batch import scalar, target_of
 from horizonplan.chain import ChainError
@@ -35,6 +35,7 @@ class LocalStep:
         normalize: see :func:`horizonplan.algorithms.reconcile.distance`.
         scale: factor on the gradient.
         backward: whether to accumulate gradients, or only to measure the losses.
+        first: whether to see that the model's operators can be differentiated twice.
 
     Attributes:
         losses: the local losses of the modules that ran with a graph, the terminal one last; detached.
@@ -42,11 +43,18 @@ class LocalStep:
     """
 
     def __init__(
-        self, modules: Modules, batch: Any, weight: float, normalize: bool, scale: Scale = 1.0, backward: bool = True
+        self,
+        modules: Modules,
+        batch: Any,
+        weight: float,
+        normalize: bool,
+        scale: Scale = 1.0,
+        backward: bool = True,
+        first: bool = False,
     ) -> None:
         self.modules, self.chain, self.batch = modules, modules.chain, batch
         self.weight, self.normalize, self.backward = weight, normalize, backward
-        self.scale = scale
+        self.scale, self.first = scale, first
         self.inner, self.outer = split_scale(scale)
         self.losses: list[Tensor] = []
         self.terms: list[Tensor] = []
@@ -189,6 +197,8 @@ class LocalStep:
         """Accumulate the gradients of a scaled loss and of the regulariser, at once."""
         assert self.delta is not None
         with Ambient.off():
+            if self.first:
+                refuse_once(now)
             term = distance(now, self.delta, self.normalize, self.inner)
             self.terms.append(term.detach())
             if wanted:

@@ -30,9 +30,28 @@ def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -
     """
     now, before = (_wide(g.flatten(1) if g.ndim > 1 else g.unsqueeze(1)) for g in (now, before))
     if normalize:
-        found: Tensor = F.mse_loss(F.normalize(now, dim=1, eps=tiny(now)), F.normalize(before, dim=1, eps=tiny(now)))
-        return found
+        turned = F.normalize(now, dim=1, eps=tiny(now)) - F.normalize(before, dim=1, eps=tiny(now))
+        return turned.square().mean()  # on the CPU F.mse_loss returns its scalar in a buffer of the inputs' size
     return ((now - before) / scale).square().sum()
+
+
+def refuse_once(gradient: Tensor) -> None:
+    """Refuse a gradient with an operator in it that can be differentiated once only.
+
+    Autograd leaves such an operator out in silence where only some of the leaves are asked for.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    stack, seen = [gradient.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a second derivative is not implemented: an operator is marked once_differentiable")
+        stack += [following for following, _ in node.next_functions]
 
 
 def split_scale(scale: Scale) -> tuple[Scale, Scale]:

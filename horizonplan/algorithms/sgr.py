@@ -106,6 +106,7 @@ class SGR(GradientMethod):
                 if self.only in (None, k):
                     made[k] = self._head(k, found, bounds, batch)
         second_order = self.weight > 0 and self.modules > 1
+        self.local_losses, self.terms = (), ()
         self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only)
         if self.loss is None and any(head is not None and not isinstance(head, SimplexETF) for head in made):
             self._see_loss(found, batch)
@@ -132,7 +133,7 @@ class SGR(GradientMethod):
             raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
         torch.clear_autocast_cache()  # an optimiser may have changed the weights behind it
         fresh = [p for p in trained if p.grad is None]
-        step = LocalStep(modules, batch, self.weight, self.normalize, scale)
+        step = LocalStep(modules, batch, self.weight, self.normalize, scale, first=not self.local_losses)
         try:
             loss = step.run()
         except BaseException as error:

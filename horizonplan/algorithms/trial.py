@@ -75,11 +75,15 @@ class _Watch:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.outside:
             self.kept[self.turn][storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that holds it
 
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
+        given = self.chain.layout.slots[t].get(args, kwargs)
+        version = given._version
         output = Output.of(original(*args, **kwargs))
         assert output is not None  # the chain was traced
+        if t > 0 and self.chain.layout.copy_input[t] is None:
+            self.chain.layout.copy_input[t] = given._version != version
         self.states.append(hollow(output.state))
         self.turn = t + 1
         self.last = leaf = output.state.detach().requires_grad_()
