@@ -15,10 +15,11 @@ def flat(gradient, normalize):
 
 
 def term(now, before, normalize):
-    """Algorithm 1: MSELoss of the normalised gradients; Eq. 6: the squared norm of the difference."""
+    """Algorithm 1: MSELoss of the normalised gradients; Eq. 6: the squared norm of each sample's difference."""
     if normalize:
         return F.mse_loss(flat(now, True), flat(before, True))
-    return (now - before).square().sum()
+    samples = len(now)  # whose own gradients are so many times those of the mean loss
+    return torch.stack([(samples * difference).square().sum() for difference in now - before]).mean()
 
 
 def objective(module, loss, xin, before, weight, normalize, create_graph=True):

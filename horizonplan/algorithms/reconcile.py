@@ -16,8 +16,10 @@ def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -
 
     Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero),
     then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the squared norm of the
-    difference, summed over samples and features. The gradients are those of a mean over the batch, so the plain term
-    shrinks with the batch; the normalised one shrinks with the number of features.
+    difference, for each sample, then the mean over samples. What is given is the gradient of a mean over the batch, so
+    a sample's own is B times its rows: the sum of all squares is taken B times.
+
+    Both are means over samples, so that the gradient on a batch is the mean of those on its parts, as for any loss.
 
     Args:
         now: the gradient of the module's loss in its input, ``(B, ...)``; its graph is kept.
@@ -32,7 +34,7 @@ def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -
     if normalize:
         turned = F.normalize(now, dim=1, eps=tiny(now)) - F.normalize(before, dim=1, eps=tiny(now))
         return turned.square().mean()  # on the CPU F.mse_loss returns its scalar in a buffer of the inputs' size
-    return ((now - before) / scale).square().sum()
+    return len(now) * ((now - before) / scale).square().sum()
 
 
 def refuse_once(gradient: Tensor) -> None:
