@@ -1,6 +1,7 @@
 """Training methods, one idea a file; any of them goes into ``horizonplan.train(..., algorithm=...)``."""
 
 from horizonplan.algorithms.base import Algorithm, GradientMethod
+from horizonplan.algorithms.diagnose import input_effects
 from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.heads import Place
 from horizonplan.algorithms.infopro import InformationPropagation
@@ -24,4 +25,5 @@ __all__ = [
     "SimplexETF",
     "Windows",
     "greedy",
+    "input_effects",
 ]

@@ -19,7 +19,7 @@ from horizonplan.algorithms.heads import Place
 from horizonplan.batch import model_inputs, target_of
 
 Measure = Callable[[Tensor, Any], Tensor]
-DECODER, WIDTH, TEMPERATURE = 12, 128, 0.07
+DECODER, TEMPERATURE = 12, 0.07
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class InformationPropagation:
         classify: likewise of the classification loss. The last module has the model's own loss alone, so its weights
             are only what the others' are interpolated to.
         contrast: contrast the classes instead of scoring them.
+        width: channels of the classifier's convolution and features of its layers.
     """
 
     reconstruct: tuple[float, float] = (5.0, 0.0)
     classify: tuple[float, float] = (0.5, 1.0)
     contrast: bool = False
+    width: int = 128
 
     def __call__(self, place: Place) -> nn.Module:
         """The head of one module."""
@@ -45,20 +47,20 @@ class InformationPropagation:
             raise ValueError("heads: InfoPro's decoder needs batches (images, labels), images of shape (B, C, H, W).")
         part = place.module / max(place.modules - 1, 1)
         weights = [a + part * (b - a) for a, b in (self.reconstruct, self.classify)]
-        outputs = WIDTH if self.contrast else place.classes
-        return _Head(place.channels, outputs, images.shape[1], weights[0], weights[1], self.contrast)
+        outputs = self.width if self.contrast else place.classes
+        return _Head(place.channels, self.width, outputs, images.shape[1], weights[0], weights[1], self.contrast)
 
 
 class _Head(nn.Module):
     def __init__(
-        self, width: int, outputs: int, colours: int, reconstruct: float, classify: float, contrast: bool
+        self, channels: int, width: int, outputs: int, colours: int, reconstruct: float, classify: float, contrast: bool
     ) -> None:
         super().__init__()
         self.reconstruct, self.classify, self.contrast = reconstruct, classify, contrast
-        convolution = [nn.Conv2d(width, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU()]
+        convolution = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.score = nn.Sequential(*convolution, *pooled, nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, outputs))
-        first = [nn.Conv2d(width, DECODER, 3, padding=1), nn.BatchNorm2d(DECODER), nn.ReLU()]
+        self.score = nn.Sequential(*convolution, *pooled, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
+        first = [nn.Conv2d(channels, DECODER, 3, padding=1), nn.BatchNorm2d(DECODER), nn.ReLU()]
         self.decode = nn.Sequential(*first, nn.Conv2d(DECODER, colours, 3, padding=1))
 
     def forward(self, state: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Scale = float | Tensor
 
@@ -31,9 +30,13 @@ def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -
         A scalar of at least single precision.
     """
     now, before = (_wide(g.flatten(1) if g.ndim > 1 else g.unsqueeze(1)) for g in (now, before))
-    if normalize:
-        turned = F.normalize(now, dim=1, eps=tiny(now)) - F.normalize(before, dim=1, eps=tiny(now))
-        return turned.square().mean()  # on the CPU F.mse_loss returns its scalar in a buffer of the inputs' size
+    if normalize:  # the square of a difference of unit vectors, without them
+        size, other = (torch.linalg.vector_norm(g, dim=1) for g in (now, before))
+        least = math.sqrt(torch.finfo(now.dtype).tiny)  # a smaller norm counts as zero
+        cosine = torch.bmm(now.unsqueeze(1), before.unsqueeze(2)).flatten() / (size * other).clamp_min(least**2)
+        apart = (size > least).to(now) + (other > least).to(now) - 2 * cosine
+        found: Tensor = apart.mean() / now.shape[1]
+        return found
     return len(now) * ((now - before) / scale).square().sum()
 
 
@@ -62,11 +65,6 @@ def split_scale(scale: Scale) -> tuple[Scale, Scale]:
         return (scale, 1.0) if scale != 0 else (1.0, 0.0)
     inner = torch.where(scale == 0, torch.ones_like(scale), scale)
     return inner, scale / inner
-
-
-def tiny(like: Tensor) -> float:
-    """A norm below which a gradient counts as zero."""
-    return math.sqrt(torch.finfo(like.dtype).tiny)
 
 
 def _wide(gradient: Tensor) -> Tensor:

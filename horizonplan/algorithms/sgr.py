@@ -116,7 +116,7 @@ class SGR(GradientMethod):
     @property
     def bounds(self) -> tuple[int, ...]:
         """Module k holds blocks ``bounds[k]..bounds[k + 1] - 1``; known once prepared."""
-        return self._prepared().bounds
+        return self.parts().bounds
 
     def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
         """Accumulate every module's gradient, each freed before the next module runs.
@@ -127,7 +127,7 @@ class SGR(GradientMethod):
             ValueError: not prepared for this chain, or nothing is trainable.
             ChainError: blocks run out of turn, or an operator has no second derivative.
         """
-        modules = self._prepared(chain)
+        modules = self.parts(chain)
         trained = [*chain.parameters(), *(p for head in modules.heads if head is not None for p in head.parameters())]
         if not any(p.requires_grad for p in chain.parameters()):
             raise ValueError("model: no parameter requires a gradient; unfreeze one before training.")
@@ -151,7 +151,7 @@ class SGR(GradientMethod):
         Raises:
             ValueError: not prepared for this chain.
         """
-        step = LocalStep(self._prepared(chain), batch, 0.0, self.normalize, backward=False)
+        step = LocalStep(self.parts(chain), batch, 0.0, self.normalize, backward=False)
         step.run()
         return [loss.item() for loss in step.losses]
 
@@ -168,7 +168,12 @@ class SGR(GradientMethod):
         if tuple(state.get("bounds", ())) != self.bounds:
             raise ValueError(f"split: modules began at {state.get('bounds')} and do at {self.bounds} now; give split=.")
 
-    def _prepared(self, chain: Chain | None = None) -> Modules:
+    def parts(self, chain: Chain | None = None) -> Modules:
+        """The modules and their heads.
+
+        Raises:
+            ValueError: not prepared, or for another chain.
+        """
         if self._ready is None or (chain is not None and self._ready.chain is not chain):
             raise ValueError(
                 f"{type(self).__name__}: it has to know the chain first: heads = prepare(chain, batch), and give their "
