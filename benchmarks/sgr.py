@@ -211,7 +211,6 @@ def effects(weight: float, seed: int = 0, every: int = 4) -> dict:
 
 def cells() -> Iterator[tuple[str, Callable[[], dict]]]:
     """Everything to be measured, most wanted first."""
-    gentle = partial(sgd, rate=0.02)
     yield "cost resnet", partial(costs, resnet, resnet_methods(), sgd, RESNET_BLOCKS)
     yield "cost vit", partial(costs, vit, VIT, adam)
     yield "cost plain", partial(costs, plain, PLAIN, sgd)
@@ -226,7 +225,7 @@ def cells() -> Iterator[tuple[str, Callable[[], dict]]]:
         for depth in DEPTHS:
             for name, make in VGG.items():
                 method = make if name == "BP" else make(depth // 3)
-                yield f"vgg{depth} {name} {seed}", partial(accuracy, partial(vgg, depth), method, gentle, seed)
+                yield f"vgg{depth} {name} {seed}", partial(accuracy, partial(vgg, depth), method, adam, seed)
         if seed == 0:
             for weight in (0.0, 1.0, 30.0):
                 yield f"effects {weight:g}", partial(effects, weight)
@@ -300,10 +299,8 @@ def picture(found: dict[str, Any]) -> None:
         late = [row for row in rows if row[0] >= rows[-1][0] / 3]
         below = [statistics.fmean(row[k] < 0 for row in late) for k in (1, 2, 3)]
         means = [statistics.fmean(row[k] for row in late) for k in (1, 2, 3)]
-        words = ", ".join(
-            f"module {k + 2}: {m:+.4f}, below 0 in {b:.0%}" for k, (m, b) in enumerate(zip(means, below, strict=True))
-        )
-        print(f"effects, weight {weight:g}, last two thirds of the steps: {words}")
+        told = [f"module {k + 2}: {means[k]:+.4f}, below 0 in {below[k]:.0%}" for k in range(3)]
+        print(f"effects, weight {weight:g}, last two thirds of the steps: {', '.join(told)}")
 
 
 if __name__ == "__main__":

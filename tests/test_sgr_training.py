@@ -235,6 +235,14 @@ def test_a_schedules_bytes_are_those_of_the_schedule_probes():
 
 
 @pytest.mark.slow
+def test_compiled_blocks_have_no_second_derivative():
+    model, data = ResidualMLP(64, 8, 10, depth=4), [(torch.randn(6, 64), torch.arange(6) % 10)] * 2
+    hp.train(model, data, algorithm=SGR(2, weight=0), compile="aot_eager")
+    with pytest.raises(hp.ChainError, match=r"weight=1.0: compiled blocks have no second derivative; set weight=0"):
+        hp.train(model, data, algorithm=SGR(2), compile="aot_eager")
+
+
+@pytest.mark.slow
 def test_two_processes_are_one_on_the_joint_batch(tmp_path):
     run = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -140,7 +140,7 @@ class SGR(GradientMethod):
             for p in fresh:
                 p.grad = None
             if isinstance(error, RuntimeError) and (missing := _second_derivative(error)):
-                raise ChainError(f"weight={self.weight}: {missing}; set weight=0, or take another operator.") from error
+                raise ChainError(f"weight={self.weight}: {missing}; set weight=0, or do without it.") from error
             raise
         self.local_losses, self.terms = tuple(step.losses), tuple(step.terms)
         return loss
@@ -223,7 +223,9 @@ class SGR(GradientMethod):
 def _second_derivative(error: RuntimeError) -> str:
     """What has no second derivative, if that is the error."""
     message = str(error).splitlines()[0]
-    return message if "is not implemented" in message or "double backward" in message else ""
+    if "double backward" in message or "donated buffers" in message:
+        return "compiled blocks have no second derivative"
+    return message if "is not implemented" in message else ""
 
 
 def _in_words(value: Any) -> str:
