@@ -235,6 +235,7 @@ def test_a_schedules_bytes_are_those_of_the_schedule_probes():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler asks for it
 def test_compiled_blocks_have_no_second_derivative():
     model, data = ResidualMLP(64, 8, 10, depth=4), [(torch.randn(6, 64), torch.arange(6) % 10)] * 2
     hp.train(model, data, algorithm=SGR(2, weight=0), compile="aot_eager")
