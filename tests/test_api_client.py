@@ -17,11 +17,6 @@ POINTS = (12, [1, 4, 8, 12], [11_000_000, 14_000_000, 18_000_000, 22_000_000], [
 
 
 @pytest.fixture
-def app(tmp_path):
-    return create_app(Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3"))
-
-
-@pytest.fixture
 def client(app):
     with TestClient(app, base_url="http://localhost") as http:
         yield Client("http://localhost", transport=http._transport)
@@ -152,3 +147,12 @@ def test_no_service_is_told_in_words():
     with pytest.raises(ServiceError, match="no answer") as refused, Client("http://127.0.0.1:9", timeout=5) as client:
         client.get_plan("p")
     assert refused.value.status is None
+
+
+def test_what_cannot_be_sent_is_refused_here():
+    with pytest.raises(ValueError, match="names no protocol"):
+        Client("localhost:8000")
+    client, asked = answering()
+    with pytest.raises(TypeError, match="cards holds"):
+        client.replan("0" * 32, cards=[{"name": "a", "memory_bytes": 1, "price": 1}])
+    assert asked == []

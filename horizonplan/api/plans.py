@@ -11,10 +11,10 @@ from sqlalchemy import Connection, insert, select
 
 from horizonplan import measured
 from horizonplan.api import database
-from horizonplan.api.batches import QueueFull
+from horizonplan.api.batches import TooManyWaiting
 from horizonplan.api.database import Database
-from horizonplan.api.paging import cursor_of, iso, number_of
-from horizonplan.api.problems import Problem, busy, responses
+from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
+from horizonplan.api.problems import RETRY_SECONDS, Problem, responses
 from horizonplan.api.schemas import (
     Card,
     PlanList,
@@ -33,6 +33,7 @@ from horizonplan.plan import Plan
 
 Make = Callable[[], dict[str, Any]]  # computes what the table holds of a new plan
 
+Cursor = Annotated[str | None, cursor_query("plan")]
 router = APIRouter(prefix="/v1/plans", tags=["plans"], route_class=JsonRoute)
 CREATED: dict[str, Any] = {
     "model": StoredPlan,
@@ -59,12 +60,12 @@ async def make_plan(asked: PlanRequest, request: Request) -> Response:
 def list_plans(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100, description="The most to answer with.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the last answer.")] = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The plans, the newest first. Those made in between move nothing."""
     asked = select(database.plans.c.number, database.plans.c.summary).order_by(database.plans.c.number.desc())
     if cursor is not None:
-        asked = asked.where(database.plans.c.number < number_of("plan", cursor))
+        asked = asked.where(database.plans.c.number < number_of(cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
     after = cursor_of("plan", found[limit - 1].number) if len(found) > limit else None
@@ -100,33 +101,25 @@ async def replan(plan_id: str, asked: ReplanRequest, request: Request) -> Respon
     return await _made(request, make, "replan")
 
 
-def store(connection: Connection, plan: Plan, parent: str | None = None, card: str | None = None) -> tuple[str, str]:
-    """Write a plan within a transaction.
-
-    Args:
-        connection: of ``Database.write``.
-        plan: what to store.
-        parent: id of the plan it was replanned from.
-        card: name of the card that was chosen for it.
-
-    Returns:
-        Its id, and its JSON with the id.
-    """
-    record = _record(plan, card, parent)
+def store(connection: Connection, plan: Plan) -> str:
+    """Write a plan within a transaction of ``Database.write``; its id."""
+    record = _record(plan)
     connection.execute(insert(database.plans), record)
-    return record["id"], record["data"]
+    return str(record["id"])
 
 
-def make_and_store(store: Database, makes: list[Make]) -> list[dict[str, Any] | Exception]:
-    """Compute plans, and write them in one transaction. What the table holds of each, or why there is none."""
-    found = [_tried(make) for make in makes]
-    if records := [record for record in found if isinstance(record, dict)]:
-        with store.write() as connection:
-            connection.execute(insert(database.plans), records)
-    return found
+def make_all(makes: list[Make]) -> list[dict[str, Any] | Exception]:
+    """What the table holds of each new plan, or why there is none."""
+    return [_tried(make) for make in makes]
 
 
-def _record(plan: Plan, card: str | None, parent: str | None = None) -> dict[str, Any]:
+def store_all(store: Database, records: list[dict[str, Any]]) -> None:
+    """Write what the table holds of plans, in one transaction."""
+    with store.write() as connection:
+        connection.execute(insert(database.plans), records)
+
+
+def _record(plan: Plan, card: str | None = None, parent: str | None = None) -> dict[str, Any]:
     """What the table holds of a plan."""
     plan_id, created = uuid.uuid4().hex, database.now()
     extra = {"id": plan_id, "created": iso(created), "parent": parent, "card": card}
@@ -155,8 +148,9 @@ async def _made(request: Request, make: Make, how: str) -> Response:
     state = request.app.state
     try:
         record = await state.new_plans.add(make)
-    except QueueFull:
-        raise busy() from None
+    except TooManyWaiting:
+        detail = f"More plans are asked for than can be made, and nothing was stored; come again in {RETRY_SECONDS} s."
+        raise Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}) from None
     state.metrics.plans.labels(how).inc()
     return Response(record["data"], 201, {"Location": f"/v1/plans/{record['id']}"}, "application/json")
 

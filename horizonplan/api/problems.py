@@ -37,7 +37,7 @@ ABOUT = {
     422: "The values cannot be used; `errors` names the fields.",
     429: "Too much was asked for; come again later.",
     500: "The service has a fault.",
-    503: "The database is busy or away; come again later.",
+    503: "The service is busy, or its database away; come again later.",
     507: "The disk is full.",
 }
 
@@ -95,6 +95,14 @@ def busy() -> Problem:
     return Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+def of_database(request: Request, error: Exception) -> Problem:
+    """The problem that an error of the database is."""
+    if isinstance(error, DBAPIError) and is_full(error):
+        return Problem(507, "The disk of the database is full; nothing was stored.", "full")
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return busy()
+
+
 def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
@@ -149,9 +157,23 @@ def field_name(path: Sequence[str | int]) -> str:
     return name.lstrip(".")[:LONGEST_NAME] or "body"
 
 
+def _without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
+    """A path of pydantic's without the kinds that it puts between a union's field and what is in it."""
+    kept: list[str | int] = []
+    for i, part in enumerate(path):
+        if isinstance(body, dict) and body.get("kind") == part and i < len(path) - 1:
+            continue
+        kept.append(part)
+        inside = (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body)))
+        body = body[part] if inside else None
+    return kept
+
+
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, Problem):
+        if error.status_code == 404:
+            error.detail = "There is nothing at this address; /openapi.json tells what there is."
         headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
         error = Problem(error.status_code, str(error.detail), headers=headers)
     return problem_response(request, error)
@@ -161,19 +183,22 @@ def _allowed(request: Request) -> list[str]:
     """The methods of an address; each has a route of its own, which knows only its own."""
     routes, methods = request.app.router.routes, ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
     asked = [(method, {**request.scope, "method": method}) for method in methods]
-    return [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    found = [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    return found or ["GET", "HEAD"]  # of files, which are mounted and no routes
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [(field_name(one["loc"][1:]), one["msg"]) for one in error.errors()[:MOST_ERRORS]]
+    errors = [
+        (field_name(_without_tags(one["loc"][1:], error.body)), one["msg"]) for one in error.errors()[:MOST_ERRORS]
+    ]
     detail = "; ".join(f"{field}: {message}" for field, message in errors[:5])
     return problem_response(request, Problem(422, detail, "invalid", errors))
 
 
 async def _measurement(request: Request, error: Exception) -> Response:
     assert isinstance(error, MeasurementError)
-    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, str(error))]))
+    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, error.reason)]))
 
 
 async def _infeasible(request: Request, error: Exception) -> Response:
@@ -182,7 +207,4 @@ async def _infeasible(request: Request, error: Exception) -> Response:
 
 
 async def _database(request: Request, error: Exception) -> Response:
-    if isinstance(error, DBAPIError) and is_full(error):
-        return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
-    logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return problem_response(request, busy())
+    return problem_response(request, of_database(request, error))
