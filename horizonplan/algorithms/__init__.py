@@ -6,6 +6,7 @@ from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.heads import Place
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
+from horizonplan.algorithms.naming import short_name
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
 
@@ -26,4 +27,5 @@ __all__ = [
     "Windows",
     "greedy",
     "input_effects",
+    "short_name",
 ]

@@ -22,6 +22,7 @@ from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, l
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_step import LocalStep
 from horizonplan.algorithms.modules import Modules
+from horizonplan.algorithms.naming import in_words
 from horizonplan.algorithms.partition import SPLITS, bounds_of
 from horizonplan.algorithms.trial import Trial, trial
 from horizonplan.batch import LossFunction, output_tensor
@@ -86,7 +87,7 @@ class SGR(GradientMethod):
         self.terms: tuple[Tensor, ...] = ()
 
     def __repr__(self) -> str:
-        told = [f"{f.name}={_in_words(getattr(self, f.name))}" for f in fields(self)]
+        told = [f"{f.name}={in_words(getattr(self, f.name))}" for f in fields(self)]
         return f"{type(self).__name__}({', '.join(told)})"
 
     def prepare(self, chain: Chain, batch: Any) -> nn.Module | None:
@@ -183,12 +184,12 @@ class SGR(GradientMethod):
 
     def _head(self, k: int, found: Trial, bounds: tuple[int, ...], batch: Any) -> nn.Module:
         if found.output is None:
-            raise ValueError(f"heads={_in_words(self.heads)}: the model was not called for the loss; give heads='own'.")
+            raise ValueError(f"heads={in_words(self.heads)}: the model was not called for the loss; give heads='own'.")
         state = found.states[bounds[k + 1] - 1]
         factory = HEADS[self.heads] if isinstance(self.heads, str) else self.heads
         head = factory(Place(k, self.modules, state, found.output, batch))
         if not isinstance(head, nn.Module):
-            raise ValueError(f"heads: {_in_words(factory)} made a {type(head).__name__}; let it return a module.")
+            raise ValueError(f"heads: {in_words(factory)} made a {type(head).__name__}; let it return a module.")
         return head.to(state.device, state.dtype)
 
     def _see_loss(self, found: Trial, batch: Any) -> None:
@@ -226,12 +227,6 @@ def _second_derivative(error: RuntimeError) -> str:
     if "double backward" in message or "donated buffers" in message:
         return "compiled blocks have no second derivative"
     return message if "is not implemented" in message else ""
-
-
-def _in_words(value: Any) -> str:
-    """A setting in words that are the same in every process: functions by their names."""
-    name = getattr(value, "__qualname__", None)
-    return repr(value) if name is None else str(name)
 
 
 def _whole(value: object, low: int) -> bool:
