@@ -107,6 +107,7 @@ PLAIN = {
     "BP-free SGR": local(6, 1.0, heads="etf"),
     "BP-free SGR, weight 30": local(6, 30.0, heads="etf"),
     "BP-free weight 0": local(6, 0.0, heads="etf"),
+    "BP-free windows": Horizon(1, 1),
 }
 VGG = {
     "BP": BackPropagation(),

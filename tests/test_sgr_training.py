@@ -103,14 +103,14 @@ def test_a_fused_step_is_the_plain_one_bit_for_bit():
     assert same(trained(batches(), epochs=2, **CASES["plain"], fused=True), plain)
 
 
-@pytest.mark.parametrize("model", ["cnn", "gpt"])
-def test_it_trains_under_autocast(model):
+@pytest.mark.parametrize(("model", "precision"), [("cnn", "bf16"), ("gpt", "bf16"), ("cnn", "fp16")])
+def test_it_trains_under_autocast(model, precision):
     if model == "gpt":
         tokens = torch.randint(0, 11, (4, 13))
         made, data = CharacterGPT(11, width=16, depth=4, heads=2, context=12), [(tokens[:, :-1], tokens[:, 1:])] * 2
     else:
         made, data = cnn(), images()
-    result = hp.train(made, data, algorithm=SGR(3), epochs=15, precision="bf16", max_grad_norm=1.0, optimizer=fast)
+    result = hp.train(made, data, algorithm=SGR(3), epochs=15, precision=precision, max_grad_norm=1.0, optimizer=fast)
     losses = [entry["loss"] for entry in result.history]
     assert losses[-1] < 0.8 * losses[0]
 
