@@ -72,12 +72,10 @@ def with_methods(
         steps: of each short run; 0: rates stay unmeasured.
         seed: of the short runs.
     """
-    if not methods:
-        return decision
     probing.spent["methods"] = 0.0
     notes: list[str] = []
-    found = {short_name(method): (method, _costs(probing, judge, method, notes)) for method in methods}
-    there = [(method, row) for method, row in found.values() if row is not None]
+    found = [(method, _costs(probing, judge, method, notes)) for method in methods]
+    there = [(method, row) for method, row in found if row is not None]
     samples = _rates(probing, there, stream, steps, seed, notes) if there and steps else {}
     rows = [with_rate(row, samples.get(row.algorithm)) for _, row in there]
     judged = evaluate(rows, judge.objective, judge.price(decision.rows)) if rows else ()
@@ -91,20 +89,28 @@ def with_methods(
 
 def _costs(probing: Probing, judge: Judge, method: Algorithm, notes: list[str]) -> Row | None:
     """A method's row without its rate; ``None``, and a note, where it does not fit or refuses the model."""
-    own = copy(method)
+    own, name = copy(method), short_name(method)
     measure = partial(probes.method, probing.chain, [probing.biggest], own, probing.optimizer, REPEATS)
-    name, samples = short_name(method), _tried(measure, probing, f"{short_name(method)} is not in the table", notes)
+    samples = _tried(measure, probing, f"{name} is not in the table", notes)
     if samples is None:
         return None
     memory = samples[0]
     if memory.source == OUT_OF_MEMORY:
         notes.append(f"{name} is not in the table: it ran out of memory ({memory.detail['message']}).")
         return None
-    flops, price = memory.detail["flops"], memory.detail["flops"] * memory.detail["steps"]
-    probing.spent["methods"] += price / probing.bp_flops
+    flops = memory.detail["flops"]
+    probing.spent["methods"] += flops * memory.detail["steps"] / probing.bp_flops
     horizon, stride = _windows(own, probing.chain.depth)
-    row = Row(algorithm=name, horizon=horizon, stride=stride, memory_bytes=0, reference=True, flops=flops or None)
-    row = replace(row, step_seconds=samples[1].value, step_seconds_source="measured")
+    row = Row(
+        algorithm=name,
+        horizon=horizon,
+        stride=stride,
+        memory_bytes=0,
+        reference=True,
+        flops=flops or None,
+        step_seconds=samples[1].value,
+        step_seconds_source="measured",
+    )
     return judge.room.holds(with_memory(row, memory))
 
 

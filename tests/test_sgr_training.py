@@ -42,6 +42,7 @@ def fast(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
+@pytest.mark.slow
 def test_with_all_defaults_it_learns_the_digits():
     torch.manual_seed(0)
     train, validation = digits()
@@ -190,6 +191,7 @@ def low_rank(encoder):
         return peft.get_peft_model(encoder, config)
 
 
+@pytest.mark.slow
 def test_low_rank_adapters_are_fine_tuned():
     """A BERT of MiniLM's kind; only adapters, classifier and auxiliary heads move."""
     transformers = pytest.importorskip("transformers")

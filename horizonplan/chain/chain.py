@@ -24,7 +24,7 @@ from horizonplan.batch import (
 )
 from horizonplan.chain.calls import finite, quiet, regrouped, without_cache
 from horizonplan.chain.find import Found, find_blocks, named_blocks, refuse_layer_drop
-from horizonplan.chain.head import HeadOnly
+from horizonplan.chain.head import HeadOnly, OutputOnly
 from horizonplan.chain.slots import Output, Slot
 from horizonplan.chain.trace import WAYS_OUT, ChainError, Layout, Shapes, record_shapes, repeated, trace
 from horizonplan.projection import Projection, project
@@ -53,17 +53,6 @@ class _Composed(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x if self.head is None else self.head(x)
-
-
-class _Stands(nn.Module):
-    """In a model's place: returns what it is given, whatever it is called with."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
 
 
 class Chain:
@@ -210,7 +199,7 @@ class Chain:
             ValueError: the loss needs more of the model than its output.
         """
         try:
-            return scalar(self._compute(_Stands(output), batch))
+            return scalar(self._compute(OutputOnly(output), batch))
         except AttributeError as error:
             raise ValueError(
                 f"loss: it reads more of the model than its output ({error}); give a loss of its own."
