@@ -32,6 +32,10 @@ from horizonplan.probing import Probing
 from horizonplan.rows import Row
 
 REPEATS = 5  # of the clock
+NEW_HEADS = (
+    "has auxiliary heads of {} parameters, which begin untrained: a short run shows less of its rate than a longer "
+    "training. Give more rollout_steps to see."
+)
 
 
 def check_methods(methods: object) -> None:
@@ -98,6 +102,8 @@ def _costs(probing: Probing, judge: Judge, method: Algorithm, notes: list[str]) 
     if memory.source == OUT_OF_MEMORY:
         notes.append(f"{name} is not in the table: it ran out of memory ({memory.detail['message']}).")
         return None
+    if heads := memory.detail["extra_parameters"]:
+        notes.append(f"{name} {NEW_HEADS.format(heads)}")
     flops = memory.detail["flops"]
     probing.spent["methods"] += flops * memory.detail["steps"] / probing.bp_flops
     horizon, stride = _windows(own, probing.chain.depth)

@@ -135,6 +135,8 @@ def test_the_choice_and_the_other_rows_are_the_same_with_and_without_methods(pla
     assert timeless([plan.row]) == timeless([before.row])
     assert [row.algorithm for row in plan.rows[-len(METHODS) :]] == [short_name(method) for method in METHODS]
     assert all(row.reference and row.rate_source == "measured" for row in plan.rows[-len(METHODS) :])
+    told = [note.split(" has auxiliary heads")[0] for note in plan.notes if "has auxiliary heads of" in note]
+    assert told == ["SGR(modules=3)", "SGR(modules=3, weight=0.0)", "TwoSteps()"]
 
 
 def test_no_methods_numbers_depend_on_those_before_it_or_on_where_rates_come_from(plan):
