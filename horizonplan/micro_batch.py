@@ -96,8 +96,8 @@ def largest_micro_batch(
 
     >>> layers = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)], nn.Linear(64, 3))
     >>> batch = torch.ones(256, 64), torch.zeros(256, dtype=torch.long)
-    >>> found = largest_micro_batch(layers, batch, "1MiB")
-    >>> 1 < found.samples < 256 and found.predicted_bytes <= 2**20
+    >>> found = largest_micro_batch(layers, batch, "900KiB")
+    >>> 1 < found.samples < 256 and found.predicted_bytes <= 900 * 2**10
     True
     """
     limit_bytes, count = parse_bytes(limit, "limit"), batch_size(batch)

@@ -75,6 +75,7 @@ def test_only_what_is_exact_is_called_so(made):
             assert (row.cosine, row.rate, row.rate_source) == (None, None, "unmeasured")
 
 
+@pytest.mark.slow
 def test_bytes_of_all_rows_are_those_of_real_steps(made):
     model, data, plan = made
     chain = hp.Chain.from_model(model.train(), data[0])
@@ -140,6 +141,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_choice_is_on_the_frontier_and_was_measured(name):
     model, data = task()
@@ -154,6 +156,7 @@ def test_the_choice_is_on_the_frontier_and_was_measured(name):
     assert plan.row.objective == best
 
 
+@pytest.mark.slow
 def test_within_a_limit_the_exact_gradient_is_had_in_some_way_and_the_plan_says_which(made):
     model, data, free = made
     assert (free.row.exact, free.recompute) == (True, 0)
@@ -211,6 +214,7 @@ def test_training_takes_the_plan_s_micro_batches_and_precision(made):
         hp.train(model, data, plan=low, fused=True, progress=False)
 
 
+@pytest.mark.slow
 def test_bf16_is_left_out_where_the_model_does_not_run_under_it():
     class Picky(ResidualMLP):
         def forward(self, x):

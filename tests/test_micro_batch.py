@@ -30,7 +30,10 @@ def seen_bytes(model, batch, schedule, parts):
     return base + tracker.peak
 
 
-@pytest.mark.parametrize(("horizon", "stride", "recompute"), [(None, 1, 0), (2, 2, 0), (2, 1, 0), (None, 1, 2)])
+@pytest.mark.parametrize(
+    ("horizon", "stride", "recompute"),
+    [(None, 1, 0), *(pytest.param(*way, marks=pytest.mark.slow) for way in ((2, 2, 0), (2, 1, 0), (None, 1, 2)))],
+)
 def test_what_is_found_fits_and_the_next_larger_does_not(horizon, stride, recompute):
     model, batch = task()
     schedule = hp.Schedule.horizon(DEPTH, horizon or DEPTH, stride, recompute)
