@@ -98,7 +98,7 @@ def decide_by_rollouts(
     rated = judge.judged([_rated(row, outcome) for row in rows])
     chosen = best(rated, judge) if judge.beside else choose_rated(rated, judge.objective, judge.price(rated))
     rolled = tuple(_samples(outcome))
-    return Decision(rated, chosen, tuple(_notes(outcome, chosen, rated, budget)), rolled)
+    return Decision(rated, chosen, tuple(_notes(outcome, chosen, rated, steps, budget)), rolled)
 
 
 def best_rated(rows: Sequence[Row], failed: Row, judge: Judge) -> Row | None:
@@ -192,15 +192,16 @@ def _samples(outcome: Outcome) -> list[Sample]:
     ]
 
 
-def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], budget: float) -> list[str]:
+def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], steps: int, budget: float) -> list[str]:
     if not outcome.steps:
         return ["No rollout was needed: no candidate's rate could change the choice."]
     ran = [s for s in outcome.standings.values() if s.steps or s.diverged]
     far = [s for s in ran if s.steps == outcome.steps]
+    fewer = f" of {steps}" if outcome.steps < steps else ""
     told = [
         f"Rates were measured by rollouts: {len(ran)} of {len(outcome.standings)} candidates ran, {len(far)} of them "
-        f"{outcome.steps} steps. Where a rate is marked as predicted its run was shorter, and the lower end of what is "
-        "expected of it is shown."
+        f"{outcome.steps}{fewer} steps. Where a rate is marked as predicted its run was shorter, and the lower end of "
+        "what is expected of it is shown."
     ]
     pair = chosen.horizon, chosen.stride
     others = [who for who in outcome.rivals if who != pair]

@@ -50,7 +50,10 @@ class MicroBatch:
         """The answer in plain words."""
         needed, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         if not self.samples:
-            return f"Not even micro-batches of one sample fit {limit}: a step needs {needed}."
+            return (
+                f"Not even micro-batches of one sample fit {limit}: a step needs {needed}. Try recompute=1, or look at "
+                "all that there is: plan_horizon(candidates='all')."
+            )
         if self.parts == 1:
             return f"The batch of {self.batch_size} samples fits {limit} as it is: a step needs {needed}."
         return (

@@ -111,7 +111,8 @@ def plan_horizon(
         progress: ``None``: a line a stage on a terminal; ``True``/``False``; or ``callable(message, done, total)``.
         projection: ``(state, shape) -> tensor`` for states of other shapes than x(T).
         memory: ``"allocated"``: bytes of tensors; ``"nvml"``: what the device needs, as the driver counts.
-        probe_steps: how much probing may cost, in steps of back-propagation, short runs apart.
+        probe_steps: how much probing may cost, in steps of back-propagation, short runs apart; the profiles of
+            micro-batches and bf16 (``candidates="all"``) are made all the same.
         cosine_from: for a simulated device: where cosines come from. A :class:`Plan` that was measured, or a
             reduced model (or a pair of model and data) to measure; by the part h/T of the depth.
         calibration: for a simulated device: what its context, libraries and allocator take.
