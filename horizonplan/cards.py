@@ -10,7 +10,7 @@ none, it is the user's to give. ``TABLE`` is an ordinary dictionary: replace its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from horizonplan.units import format_bytes, parse_bytes
 
@@ -143,8 +143,3 @@ def nodes_for(memory_bytes: float, card: Card) -> Nodes:
     """How many of one card hold a peak together, at least one."""
     count = max(1, -(-math.ceil(memory_bytes) // card.memory_bytes))
     return Nodes(card, count, count * priced(card))
-
-
-def with_price(card: Card, price: float) -> Card:
-    """The card at another price, which is then the user's."""
-    return replace(card, price=price, priced="")

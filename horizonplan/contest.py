@@ -47,22 +47,24 @@ class Rollouts:
         """Of what is missing; losses of the initial weights are back-propagation's."""
         pair = who or (self.depth, 1)
         price = self._cost(pair) * self.runs.missing(pair, steps, order)
-        if who:
-            return price
-        halfway = self.runs.unseen(_last(steps // 2), 0) if steps > 1 and not order else 0  # where rates are compared
-        return price + self._forward * (self.runs.unseen(_last(steps), order) + halfway)
+        if who is None:
+            price += self._forward * sum(self.runs.unseen(part, order) for part in _compared(steps, order))
+        return price
 
     def advance(self, who: Pair | None, steps: int, order: int) -> Sequence[float]:
         """Run; back-propagation's run computes the initial weights' losses too."""
         if who is None:
-            self._starts += self.runs.unseen(_last(steps), order)
-            self.runs.start(_last(steps), order)
+            for part in _compared(steps, order):
+                self._initial(part, order)
         return self.runs.advance(who or (self.depth, 1), steps, order)
 
     def start(self, steps: int, order: int) -> Sequence[float]:
         """Losses of the initial weights on the last quarter's batches."""
-        self._starts += self.runs.unseen(_last(steps), order)
-        return self.runs.start(_last(steps), order)
+        return self._initial(_last(steps), order)
+
+    def _initial(self, part: range, order: int) -> Sequence[float]:
+        self._starts += self.runs.unseen(part, order)
+        return self.runs.start(part, order)
 
     def _cost(self, pair: Pair) -> float:
         if pair not in self._step:
@@ -220,6 +222,11 @@ def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], steps: int, budge
             f"down to {least:.2f} in twice the steps; give more rollout_steps to see."
         )
     return told
+
+
+def _compared(steps: int, order: int) -> list[range]:
+    """Where rates are taken from: the last quarter, and in the first order that of half the steps too."""
+    return [_last(steps)] + ([_last(steps // 2)] if steps > 1 and not order else [])
 
 
 def _last(steps: int) -> range:

@@ -118,7 +118,7 @@ class Probing:
         Only a plain row's sample is kept.
         """
         pair = row.horizon, row.stride
-        if row.plain or (row.micro_batches, row.precision) == (1, "fp32"):
+        if (row.micro_batches, row.precision) == (1, "fp32"):
             return self.memory([pair], row.recompute)
         with autocast(row.precision, self.chain.device):
             given = [self.biggest], [row.horizon], [row.stride], self.optimizer, row.recompute

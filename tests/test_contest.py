@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_plan_and_the_price_is_what_was_dispatched(
         with Flops() as counter:
             plans.append(planned(model, data, accuracy="rollout", rollout_steps=8, rollout_budget=60, optimizer=sgd))
     exact = next(row.flops for row in plans[0].rows if row.horizon == plans[0].depth and not row.recompute)
-    assert plans[0].rows == plans[1].rows or [r.rate for r in plans[0].rows] == [r.rate for r in plans[1].rows]
+    assert [r.rate for r in plans[0].rows] == [r.rate for r in plans[1].rows]
     told = plans[0].provenance["probing_steps"]
     assert sum(told.values()) >= counter.total / exact - 0.1  # forwards are counted with their heads' backward
     assert sum(told.values()) <= 1.1 * counter.total / exact
