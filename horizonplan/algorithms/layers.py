@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from horizonplan.algorithms.transfer import Transfer
-from horizonplan.chain import Chain
 
 Weighted = nn.Linear | nn.Conv2d
 
@@ -21,7 +20,7 @@ class Layer:
         name: in the model.
         module: the layer.
         transfer: f.
-        follower: the module that computes f, if it is one and belongs to the same block.
+        follower: the module that computes f, where the gradient after f is wanted.
     """
 
     name: str
@@ -70,10 +69,3 @@ def refusal(module: nn.Module, shared: set[int]) -> str | None:
 def feature_dim(module: nn.Module) -> int:
     """The dimension of a layer's output that its weights' rows make."""
     return -3 if isinstance(module, nn.Conv2d) else -1
-
-
-def same_block(chain: Chain, one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules lie in the same block, or both in none."""
-    with chain.running():
-        places = [{t for t, block in enumerate(chain.blocks) if m in set(block.modules())} for m in (one, other)]
-    return bool(places[0] & places[1]) or not (places[0] or places[1])

@@ -25,7 +25,7 @@ class RMSProp(Optimizer):
 
     Args:
         params: parameters or groups of them.
-        lr: learning rate.
+        lr: learning rate; the default is for LocoProp's ten local steps a batch.
         decay: of the mean square.
         momentum: of the buffer.
         eps: added to the mean square, under the root.
@@ -41,7 +41,7 @@ class RMSProp(Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, decay: float = 0.9, momentum: float = 0.9, eps: float = 1e-5
+        self, params: Any, lr: float = 1e-4, decay: float = 0.9, momentum: float = 0.9, eps: float = 1e-5
     ) -> None:
         for name, value, top in (("lr", lr, math.inf), ("decay", decay, 1), ("momentum", momentum, 1), ("eps", eps, 1)):
             if not 0 <= value < top:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from horizonplan.algorithms.layers import Layer, Weighted, feature_dim, refusal, same_block
+from horizonplan.algorithms.layers import Layer, Weighted, feature_dim, refusal
 from horizonplan.algorithms.matching import matching
 from horizonplan.algorithms.sightings import Sight, sightings
 from horizonplan.algorithms.transfer import LINEAR, Transfer, named
@@ -62,7 +62,7 @@ def treat(chain: Chain, batch: Any, variant: str, transfers: Transfers) -> Treat
         elif module is last and variant == "M" and module not in given and (match := matching(chain, batch, module)):
             found = Layer(name, module, match)
         else:
-            found = _layer(chain, name, module, sight, wanted, variant, module in given)
+            found = _layer(name, module, sight, wanted, variant, module in given)
         if isinstance(found, str):
             left[name] = found
         else:
@@ -71,7 +71,7 @@ def treat(chain: Chain, batch: Any, variant: str, transfers: Transfers) -> Treat
 
 
 def _layer(
-    chain: Chain, name: str, module: Weighted, sight: Sight, wanted: Transfer | None, variant: str, given: bool
+    name: str, module: Weighted, sight: Sight, wanted: Transfer | None, variant: str, given: bool
 ) -> Layer | str:
     """A layer with what its variant needs, or why that is missing."""
     if given and wanted is None:
@@ -82,8 +82,8 @@ def _layer(
         return "the activation after it has no matching loss"
     if variant == "M" or wanted == LINEAR:
         return Layer(name, module, wanted)
-    if sight.follower is None or not same_block(chain, module, sight.follower):
-        return f"{wanted} after it is not computed by a module of its own in the same block"
+    if sight.follower is None:
+        return f"{wanted} after it is not computed by a module of its own"
     return Layer(name, module, wanted, sight.follower)
 
 
