@@ -89,6 +89,7 @@ class _Watch(TorchFunctionMode):
         self.seen: dict[Weighted, Sight] = {}
         self.calls: Counter[str] = Counter()
         self.outputs: dict[int, tuple[Weighted, Tensor]] = {}
+        self.overwritten: set[int] = set()
 
     def called(self, module: Weighted, args: Any, output: Tensor) -> None:
         self.seen[module] = Sight()
@@ -102,13 +103,15 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [self.outputs[id(a)][0] for a in (*args, *kwargs.values()) if id(a) in self.outputs]
+        ids = {id(a) for a in (*args, *kwargs.values())} - self.overwritten
+        given = [self.outputs[i][0] for i in ids if i in self.outputs]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             for layer in given:
                 sight = self.seen[layer]
                 sight.consumers.append(transfer_of(func, args, kwargs))
                 sight.result = result if sight.result is None else sight.result
+            self.overwritten |= {id(result)} & ids  # by an operation in place
         return result
 
 
