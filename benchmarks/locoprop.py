@@ -37,10 +37,10 @@ from horizonplan.datasets import mnist5k
 
 FOLDER = Path(__file__).parent / "results" / "locoprop"
 CELLS = FOLDER / "cells.json"
-STEPS, BATCH, TRIALS, SEEDS, EVERY = 200, 200, 10, (1, 2), 10
+STEPS, BATCH, TRIALS, SEEDS, EVERY = 200, 200, 8, (1, 2), 10
 SIZES = {"standard": [100, 50, 25, 6, 25, 50, 100], "deep": [100, *[50] * 4, 25, 6, 25, *[50] * 4, 100]}
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
-PROBLEMS = [(size, activation) for size in SIZES for activation in ACTIVATIONS]
+PROBLEMS = [(size, activation) for activation in ACTIVATIONS for size in SIZES]  # most wanted first
 PIXELS = 14 * 14
 Search = Callable[[optuna.Trial], dict[str, Any]]
 

@@ -186,7 +186,7 @@ def test_layers_that_cannot_be_treated_take_the_ordinary_gradient():
         "twice": "it is called 2 times in a forward",
         "never": "it is not called",
         "wide": "Conv1d is no Linear or Conv2d",
-        "computed": "ParametrizedLinear is no Linear or Conv2d",
+        "computed": "its weight is computed from something else",
         "computed.parametrizations.weight": "ParametrizationList is no Linear or Conv2d",
     }
     for name, p in model.named_parameters():

@@ -54,7 +54,8 @@ def refusal(module: nn.Module, shared: set[int]) -> str | None:
         module: with parameters of its own.
         shared: ids of the parameters that several modules have.
     """
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    plain = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and isinstance(module, Weighted)
+    if not plain or module._parameters.keys() > {"weight", "bias"}:
         return f"{type(module).__name__} is no Linear or Conv2d"
     weight = module._parameters.get("weight")
     if weight is None:

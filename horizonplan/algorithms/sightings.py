@@ -103,8 +103,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ids = {id(a) for a in (*args, *kwargs.values())} - self.overwritten
-        given = [self.outputs[i][0] for i in ids if i in self.outputs]
+        ids = {id(a) for a in (*args, *kwargs.values())} & self.outputs.keys() - self.overwritten
+        given = [self.outputs[i][0] for i in ids]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             for layer in given:
