@@ -1,9 +1,11 @@
 """LocoProp against a slow transcription of the paper, and its properties."""
 
+import copy
 import math
 from functools import partial
 from itertools import pairwise
 
+import families
 import locoprop_oracle as oracle
 import pytest
 import torch
@@ -374,6 +376,28 @@ def test_first_iteration_is_a_step_along_the_sources_gradient(variant, source):
         torch.testing.assert_close(p, q)
     for p, q in zip(extra.parameters() if extra else [], heads.parameters() if heads else [], strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "source"), [("M", BackPropagation()), ("PocoS", Horizon(2, 2, 1))], ids=str)
+@pytest.mark.parametrize("make", [m for m in families.ALL if m is not families.gpt2], ids=lambda m: m.__name__)
+def test_first_iteration_in_models_of_every_family(make, variant, source):
+    case = make().double()
+    model, twin = case.model, copy.deepcopy(case.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    source.backward(hp.Chain.from_model(twin, case.batch, **case.kwargs), case.batch)
+    chain = hp.Chain.from_model(model, case.batch, **case.kwargs)
+    method = LocoProp(variant, iterations=1, gamma=3.0, inner=sgd(0.1), source=source)
+    method.prepare(chain, case.batch)
+    torch.manual_seed(1)
+    method.step(chain, case.batch, torch.optim.SGD(model.parameters(), lr=0.2))
+    treated = {f"{layer}.{kind}" for layer in method.layers for kind in ("weight", "bias")}
+    for name, p in twin.named_parameters():
+        step = 0.0 if p.grad is None else (0.3 if name in treated else 0.2) * p.grad
+        torch.testing.assert_close(model.get_parameter(name), before[name] - step, rtol=1e-6, atol=1e-9, msg=name)
+    for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
 
 
 def test_tensorflows_rmsprop_number_by_number():

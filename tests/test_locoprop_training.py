@@ -268,6 +268,22 @@ def test_a_schedule_of_the_optimizer_scales_the_local_learning_rates():
     torch.testing.assert_close(2 * moved(1e-2, 1.0, 0.5), moved(1e-2, 1.0, 1.0))
 
 
+def test_another_optimizer_has_a_schedule_of_its_own():
+    model, data = Functional(torch.tanh), batch()
+    chain = hp.Chain.from_model(model, data)
+    rates = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+
+    method = LocoProp("S", iterations=1, inner=partial(Noted, lr=2.0))
+    method.prepare(chain, data)
+    for rate in (1e-3, 1e-1):
+        method.step(chain, data, torch.optim.SGD(model.parameters(), lr=rate))
+    assert rates == [2.0] * 8
+
+
 def same(one, other):
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 

@@ -83,7 +83,6 @@ anchored=False, damping=None)
         self._chain: Chain | None = None
         self._found = Treated((), {})
         self._inner: dict[Layer, Optimizer] = {}
-        self._rates: list[float] = []
 
     def __repr__(self) -> str:
         told = [f"{f.name}={_in_words(getattr(self, f.name))}" for f in fields(self)]
@@ -112,7 +111,7 @@ anchored=False, damping=None)
             reasons = "; ".join(f"{name}: {why}" for name, why in found.left.items())
             raise ValueError(f"model: LocoProp can treat none of its layers ({reasons}); take its source alone.")
         self._inner = {layer: self._optimizer(layer) for layer in found.layers}
-        self._chain, self._found, self._rates = chain, found, []
+        self._chain, self._found = chain, found
         return extra
 
     def step(self, chain: Chain, batch: Any, optimizer: Optimizer) -> Tensor:
@@ -128,7 +127,7 @@ anchored=False, damping=None)
         if self._chain is not chain:
             raise ValueError("LocoProp: it has to know the chain first: prepare(chain, batch).")
         _refuse_compiled(chain)
-        factors = self._schedule(optimizer)
+        factors = scheduled(optimizer)
         layers = [layer for layer in self._found.layers if id(layer.module.weight) in factors]
         chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
@@ -136,6 +135,7 @@ anchored=False, damping=None)
             loss = self.source.backward(chain, batch)
         if not_finite(loss, gradient_norm(optimizer) + _norm(captures.values())):
             chain.model.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             return torch.full_like(loss, math.nan)
         descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         with Ambient.off():
@@ -149,7 +149,7 @@ anchored=False, damping=None)
     def state_dict(self) -> dict[str, Any]:
         """The inner optimisers' states, by layer, and the source's."""
         inner = {layer.name: made.state_dict() for layer, made in self._inner.items()}
-        return {"inner": inner, "rates": list(self._rates), "source": self.source.state_dict()}
+        return {"inner": inner, "source": self.source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it.
@@ -162,16 +162,7 @@ anchored=False, damping=None)
             raise ValueError(f"LocoProp: the state is of layers {then}, this model's are {now}; prepare it as it was.")
         for layer, made in self._inner.items():
             made.load_state_dict(state["inner"][layer.name])
-        self._rates = list(state["rates"])
         self.source.load_state_dict(state["source"])
-
-    def _schedule(self, optimizer: Optimizer) -> dict[int, float]:
-        """What a schedule has made of the learning rate, relative to the first one, for each parameter held."""
-        groups = optimizer.param_groups
-        if len(self._rates) != len(groups):
-            self._rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
-        factors = [float(g["lr"]) / first if first else 1.0 for g, first in zip(groups, self._rates, strict=True)]
-        return {id(p): factor for g, factor in zip(groups, factors, strict=True) for p in g["params"]}
 
     def _gamma(self, batch: Any) -> float:
         if not isinstance(self.gamma, str):
@@ -221,6 +212,20 @@ anchored=False, damping=None)
             raise ValueError(f"damping={self.damping!r}: give a number > 0, or None.")
         if self.damping is not None and self.variant != "S":
             raise ValueError(f"damping={self.damping}: natural targets belong to variant 'S', not {self.variant!r}.")
+
+
+def scheduled(optimizer: Optimizer) -> dict[int, float]:
+    """What a schedule has made of the learning rate, relative to the first one, by the id of each parameter held.
+
+    The first one is the group's ``initial_lr``, as torch's schedulers note it; where nobody has, it is noted here, so
+    that the optimiser's own state keeps it.
+    """
+    factors: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        first = float(group.setdefault("initial_lr", group["lr"]))
+        factor = float(group["lr"]) / first if first else 1.0
+        factors |= {id(p): factor for p in group["params"]}
+    return factors
 
 
 def _norm(captures: Any) -> Tensor:
