@@ -135,6 +135,22 @@ def test_the_losss_own_transfer_function_is_found_for_the_last_layer(loss, name)
     assert str(found(Functional(torch.tanh), loss=loss).layers["head"]) == name
 
 
+def test_a_last_layer_that_the_loss_does_not_read_has_no_gradient_and_stays():
+    class Aside(Functional):
+        def forward(self, x):
+            out = super().forward(x)
+            self.seen = self.aside(x)
+            return out
+
+    model = Aside(torch.tanh)
+    model.aside = nn.Linear(6, 2)
+    method = found(model)
+    assert str(method.layers["aside"]) == "linear"
+    before = model.aside.weight.detach().clone()
+    method.step(method._chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.aside.weight, before)
+
+
 def test_dense_predictions_match_along_the_channels():
     model = nn.Sequential(
         *[m for _ in range(3) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())], nn.Conv2d(4, 3, 1)
@@ -422,3 +438,10 @@ def test_its_memory_and_time_are_probed_and_leave_the_model_as_it_was():
     assert memory.value > 0
     assert seconds.value > 0
     assert same(model, fresh())
+
+
+def test_a_network_that_is_sure_of_its_predictions_matches_too():
+    model = Functional(torch.tanh)
+    with torch.no_grad():
+        model.head.weight.mul_(1000)
+    assert str(found(model).layers["head"]) == "softmax(-1)"

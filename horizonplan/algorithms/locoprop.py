@@ -27,7 +27,7 @@ from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.taps import captured
 from horizonplan.algorithms.transfer import Transfer
 from horizonplan.algorithms.treated import Transfers, Treated, treat
-from horizonplan.algorithms.windows import BackPropagation
+from horizonplan.algorithms.windows import BackPropagation, Windows
 from horizonplan.batch import batch_size
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import ENTRY, Ambient
@@ -102,9 +102,12 @@ anchored=False, damping=None)
         """Find the layers and make their optimisers; returns the source's auxiliary heads, if it has any.
 
         Raises:
-            ValueError: no layer can be treated, ``transfers`` fits none, or ``inner`` makes no fitting optimiser.
+            ValueError: no layer can be treated, ``transfers`` fits none, ``inner`` makes no fitting optimiser, or the
+                source's horizon does not fit the chain.
         """
         _refuse_compiled(chain)
+        if isinstance(self.source, Windows):
+            self.source.schedule(chain.depth)
         extra = self.source.prepare(chain, batch)
         found = treat(chain, batch, self.variant, self.transfers)
         if not found.layers:

@@ -20,6 +20,7 @@ from horizonplan.algorithms.transfer import SIGMOID, Transfer, softmax
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import quiet
 
+KEPT = 2**20  # numbers to compare, at most
 TOLERANCE = 1e-2  # of a norm; float32 and half precision inside a model stay below it
 
 
@@ -40,20 +41,25 @@ def matching(chain: Chain, batch: Any, last: Weighted) -> Transfer | None:
 
 
 def _gradient(chain: Chain, batch: Any, last: Weighted, noise: float) -> tuple[Tensor, Tensor]:
-    """The layer's pre-activation with noise added, and the loss's gradient there; both in float32."""
+    """The layer's pre-activation with noise added, and the loss's gradient there, both in float32.
+
+    Of a large batch only the first samples. The noise is as large as the pre-activations, so that a network that is
+    sure of its predictions is not any more.
+    """
     leaves: list[Tensor] = []
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         out = evaluate(last, args[0] if args else kwargs["input"], last.weight, last.bias)
         generator = torch.Generator().manual_seed(0)
         added = torch.randn(out.shape, generator=generator).to(out)
-        leaves.append((out + noise * added).detach().requires_grad_())
+        leaves.append((out + noise * (1 + out.abs().mean()) * added).detach().requires_grad_())
         torch.set_grad_enabled(True)  # from here on
         return leaves[-1].clone()  # which may be overwritten
 
     with chain.running(), quiet(chain.model), replaced({last: forward}), torch.no_grad():
         loss = chain.loss(batch)
-    (gradient,) = torch.autograd.grad(loss, leaves, allow_unused=True)
     (leaf,) = leaves
+    gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     slope = torch.zeros_like(leaf) if gradient is None else gradient
-    return leaf.detach().float(), slope.float()
+    rows = max(1, KEPT * len(leaf) // max(1, leaf.numel()))
+    return leaf.detach()[:rows].float(), slope[:rows].float()
