@@ -1,11 +1,8 @@
 """LocoProp against a slow transcription of the paper, and its properties."""
 
-import copy
-import math
 from functools import partial
 from itertools import pairwise
 
-import families
 import locoprop_oracle as oracle
 import pytest
 import torch
@@ -14,11 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import horizonplan as hp
-from horizonplan.algorithms import SGR, BackPropagation, Horizon, LoCo, LocoProp, RMSProp, transfer
-from horizonplan.algorithms.base import Algorithm
+from horizonplan.algorithms import LocoProp, RMSProp, transfer
 from horizonplan.algorithms.local_problem import Descent
-from horizonplan.models import ResidualCNN
-from horizonplan.probes.tracker import LiveBytes
 
 VARIANTS = ["S", "M", "PocoS", "PocoM"]
 MODULES = {
@@ -215,7 +209,7 @@ def test_without_anchor_s_heads_for_least_squares():
     inputs, pre, _, in_pre, _ = oracle.gradients(weights_of(model), functions_of(model), x.T, cross_entropy(y))
     target = pre[0] - 2.0 * in_pre[0]
     expected = torch.linalg.lstsq(inputs[0].T, target.T).solution.T
-    stepped(model, LocoProp("S", iterations=4000, gamma=2.0, inner=sgd(0.1)), (x, y))
+    stepped(model, LocoProp("S", iterations=1500, gamma=2.0, inner=sgd(0.3)), (x, y))
     torch.testing.assert_close(weights_of(model)[0], expected)
 
 
@@ -335,71 +329,6 @@ def test_no_layer_sees_what_another_one_has_become():
             assert torch.equal(p, q)
 
 
-SOURCES = [
-    BackPropagation(),
-    BackPropagation(2),
-    Horizon(1),
-    Horizon(2),
-    Horizon(3, 1, 1),
-    Horizon(2, 2),
-    Horizon(4, 2, 1),
-    LoCo(2, summed=True),
-    SGR(2, weight=0.0),
-]
-
-
-def deep():
-    torch.manual_seed(0)
-    hidden = [nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU()) for _ in range(4)]
-    return nn.Sequential(nn.Linear(5, 6), *hidden, nn.Linear(6, 3)).double()
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=str)
-@pytest.mark.parametrize("variant", ["M", "PocoM"])
-def test_first_iteration_is_a_step_along_the_sources_gradient(variant, source):
-    """For every trained weight; layer norms and auxiliary heads take the ordinary gradient."""
-    data = batch()
-    model, twin = deep(), deep()
-    chain = hp.Chain.from_model(twin, data, blocks=[str(t) for t in range(1, 5)])
-    torch.manual_seed(1)
-    heads = source.prepare(chain, data)
-    source.backward(chain, data)
-    optimizer = torch.optim.SGD([*twin.parameters(), *(heads.parameters() if heads else [])], lr=0.2)
-    optimizer.step()
-    torch.manual_seed(1)
-    method = LocoProp(variant, iterations=1, gamma=4.0, inner=sgd(0.05), source=source)
-    chain = hp.Chain.from_model(model, data, blocks=[str(t) for t in range(1, 5)])
-    extra = method.prepare(chain, data)
-    method.step(chain, data, torch.optim.SGD([*model.parameters(), *(extra.parameters() if extra else [])], lr=0.2))
-    assert len(method.layers) == 10
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-    for p, q in zip(extra.parameters() if extra else [], heads.parameters() if heads else [], strict=True):
-        torch.testing.assert_close(p, q)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "source"), [("M", BackPropagation()), ("PocoS", Horizon(2, 2, 1))], ids=str)
-@pytest.mark.parametrize("make", [m for m in families.ALL if m is not families.gpt2], ids=lambda m: m.__name__)
-def test_first_iteration_in_models_of_every_family(make, variant, source):
-    case = make().double()
-    model, twin = case.model, copy.deepcopy(case.model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    torch.manual_seed(1)
-    source.backward(hp.Chain.from_model(twin, case.batch, **case.kwargs), case.batch)
-    chain = hp.Chain.from_model(model, case.batch, **case.kwargs)
-    method = LocoProp(variant, iterations=1, gamma=3.0, inner=sgd(0.1), source=source)
-    method.prepare(chain, case.batch)
-    torch.manual_seed(1)
-    method.step(chain, case.batch, torch.optim.SGD(model.parameters(), lr=0.2))
-    treated = {f"{layer}.{kind}" for layer in method.layers for kind in ("weight", "bias")}
-    for name, p in twin.named_parameters():
-        step = 0.0 if p.grad is None else (0.3 if name in treated else 0.2) * p.grad
-        torch.testing.assert_close(model.get_parameter(name), before[name] - step, rtol=1e-6, atol=1e-9, msg=name)
-    for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(buffer, other)
-
-
 def test_tensorflows_rmsprop_number_by_number():
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 2), torch.randn(6, 3, 2)
@@ -437,87 +366,3 @@ def test_local_rates_fall_linearly_to_a_quarter():
     model = nn.Sequential(nn.Linear(5, 3)).double()
     stepped(model, LocoProp("S", iterations=12, inner=partial(Noted, lr=2.0)), batch())
     assert rates == pytest.approx([2, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, 0.5, 0.5, 0.5, 0.5])
-
-
-def test_the_inner_state_persists_over_batches():
-    """Two steps are those of one optimiser that sees all local gradients; its step count says so."""
-    model, data = mlp(), batch()
-    chain = hp.Chain.from_model(model, data)
-    method = LocoProp("M", iterations=3, inner=partial(torch.optim.Adam, lr=1e-3))
-    method.prepare(chain, data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for done in (3, 6):
-        method.step(chain, data, optimizer)
-        states = method.state_dict()["inner"]
-        assert {float(s["step"]) for layer in states.values() for s in layer["state"].values()} == {done}
-    assert not any(optimizer.state.values())
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_memory_is_the_horizons_and_what_weights_and_widths_take():
-    """The peak over a step, weights apart: at most the source's, the captures, and one layer's local step."""
-    torch.manual_seed(0)
-    rows, width, depth = 256, 64, 12
-    hidden = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in range(depth)]
-    model = nn.Sequential(nn.Linear(5, width), *hidden, nn.Linear(width, 3))
-    data = torch.randn(rows, 5), torch.zeros(rows, dtype=torch.long)
-    chain = hp.Chain.from_model(model, data, blocks=[str(t) for t in range(1, depth + 1)])
-
-    def peak(source, local):
-        method = LocoProp("M", inner=sgd(1e-3), source=source) if local else source
-        method.prepare(chain, data)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        method.step(chain, data, optimizer)
-        model.zero_grad(set_to_none=True)
-        with LiveBytes() as tracker:
-            method.step(chain, data, optimizer)
-        return tracker.peak
-
-    weights = sum(p.nbytes for p in model.parameters())
-    states = 4 * rows * width * (2 * depth + 2)  # one tensor of batch x width a layer
-    local, plain = peak(Horizon(2, 2), True), peak(Horizon(2, 2), False)
-    assert local <= plain + 2 * states + weights
-    assert peak(BackPropagation(), True) <= peak(BackPropagation(), False) + 2 * states + weights
-
-
-def test_non_finite_gradients_change_nothing():
-    model, data = mlp(), batch()
-    before = [p.detach().clone() for p in model.parameters()]
-    chain = hp.Chain.from_model(model, data)
-    method = LocoProp()
-    method.prepare(chain, data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    bad = data[0].clone()
-    bad[0, 0] = math.nan
-    assert method.step(chain, (bad, data[1]), optimizer).isnan()
-    model[0].weight.register_hook(lambda g: g)  # a user's hook is no matter
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert all(not layer["state"] for layer in method.state_dict()["inner"].values())
-
-
-def test_it_runs_under_the_users_autocast():
-    torch.manual_seed(0)
-    model = mlp().float()
-    data = batch()[0].float(), batch()[1]
-    chain = hp.Chain.from_model(model, data)
-    method = LocoProp("M", inner=partial(RMSProp, lr=1e-3))
-    method.prepare(chain, data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = [method.step(chain, data, optimizer).item() for _ in range(20)]
-    assert losses[-1] < 0.7 * losses[0]
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_its_residual_network_trains():
-    images = torch.randn(8, 1, 8, 8), torch.arange(8)
-    torch.manual_seed(0)
-    model = ResidualCNN(1, (4, 8), 2)
-    chain = hp.Chain.from_model(model, images)
-    method = LocoProp(source=Horizon(2, 2), inner=partial(RMSProp, lr=1e-3))
-    method.prepare(chain, images)
-    assert set(method.left.values()) == {"BatchNorm2d is no Linear or Conv2d"}
-    optimizer = torch.optim.AdamW(model.parameters())
-    losses = [method.step(chain, images, optimizer).item() for _ in range(20)]
-    assert losses[-1] < 0.3 * losses[0]
-    assert isinstance(method, Algorithm)
