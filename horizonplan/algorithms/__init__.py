@@ -6,8 +6,11 @@ from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.heads import Place
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
+from horizonplan.algorithms.locoprop import LocoProp
 from horizonplan.algorithms.naming import short_name
+from horizonplan.algorithms.rmsprop import RMSProp
 from horizonplan.algorithms.sgr import SGR
+from horizonplan.algorithms.transfer import Transfer
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
 
 __all__ = [
@@ -22,8 +25,11 @@ __all__ = [
     "InformationPropagation",
     "LoCo",
     "LocalLearning",
+    "LocoProp",
     "Place",
+    "RMSProp",
     "SimplexETF",
+    "Transfer",
     "Windows",
     "greedy",
     "input_effects",
