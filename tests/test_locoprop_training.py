@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import horizonplan as hp
 from horizonplan.algorithms import SGR, BackPropagation, Horizon, LocoProp, RMSProp, Transfer
+from horizonplan.batch import nbytes
 from horizonplan.datasets import digits
 
 
@@ -261,3 +262,16 @@ def test_its_memory_and_time_are_probed_and_leave_the_model_as_it_was():
     assert memory.value > 0
     assert seconds.value > 0
     assert same(model, fresh())
+
+
+def test_the_states_of_the_inner_optimisers_count():
+    """In a probe and in training: a step begins with them alive."""
+    model, data = fresh(), batch()
+    method = LocoProp(source=BackPropagation())
+    memory, _ = hp.probes.method(hp.Chain.from_model(model, data), [data], method, optimizer=torch.optim.SGD, repeats=1)
+    result = hp.train(model, [data] * 3, algorithm=method, epochs=1, optimizer=torch.optim.SGD, progress=False)
+    own = nbytes(method.state_dict())
+    assert own >= sum(p.nbytes for p in model.parameters() if p.dim() > 1)  # a mean square for every weight, at least
+    standing = sum(p.nbytes for p in model.parameters()) + nbytes(data)
+    assert memory.detail["base_bytes"] == standing + own
+    assert result.peak_bytes == memory.value

@@ -72,7 +72,7 @@ def method(
             if chain.device.type == "cuda":
                 found, detail = peak_on_cuda(chain, batch, step, ready.optimizer, ready.extra)
                 return found, {**detail, **price, "steps": repeats + 2 + WARM_STEPS + COUNTED_STEPS}
-            base = standing_bytes(chain, ready.optimizer, batch, ready.extra)
+            base = standing_bytes(chain, ready.optimizer, batch, ready.extra, algorithm.state_dict())
             with LiveBytes() as tracker:
                 step()
             return base + tracker.peak, {"how": "live storages", "base_bytes": base, **price}

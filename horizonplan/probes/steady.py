@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from horizonplan.batch import nbytes
+from horizonplan.batch import nbytes, tensors
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices
 from horizonplan.probes.budget import host_copy
@@ -150,11 +150,14 @@ def trainable(chain: Chain) -> list[nn.Parameter]:
     return [p for p in chain.parameters() if p.requires_grad]
 
 
-def standing_bytes(chain: Chain, optimizer: Optimizer, batch: Any, extra: nn.Module | None = None) -> int:
+def standing_bytes(
+    chain: Chain, optimizer: Optimizer, batch: Any, extra: nn.Module | None = None, kept: Any = ()
+) -> int:
     """Bytes alive when a step begins: parameters, buffers, optimiser state and the batch.
 
-    ``extra``: auxiliary heads, which count too.
+    What methods bring counts too: ``extra``, their auxiliary heads, and ``kept``, their own state.
     """
     besides = [] if extra is None else [*extra.parameters(), *extra.buffers()]
+    besides += tensors(kept)
     own = own_bytes(list(chain.parameters()), list(chain.model.buffers()), besides, dict(optimizer.state))
     return own + nbytes(batch)

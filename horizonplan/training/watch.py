@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class Watch:
         memory_every: steps between two measurements of the peak on CPU; 0: only the first two steps.
         cosine_every: steps between two measurements of the cosine; 0: never.
         extra: what the methods train besides the model.
+        methods: those that are trained with, whose own state counts.
         peak_bytes: the largest peak so far. On CPU that of tracked steps, the first one left out if there are more
             (it makes the optimiser's state), and 0 with compiled blocks; on CUDA the allocator's.
     """
@@ -53,6 +54,7 @@ class Watch:
     memory_every: int = 100
     cosine_every: int = 0
     extra: nn.Module | None = None
+    methods: Sequence[Algorithm] = ()
     peak_bytes: int = 0
     steps: int = 0
     warned: set[str] = field(default_factory=set)
@@ -76,7 +78,9 @@ class Watch:
         if compiled or not due:  # the compiler gives up for good on code that it first meets under a tracker
             return call()
         clear()
-        base = standing_bytes(self.chain, optimizer, batch, self.extra)
+        base = standing_bytes(
+            self.chain, optimizer, batch, self.extra, [method.state_dict() for method in self.methods]
+        )
         with LiveBytes() as tracker:
             found = call()
         if step == 1:
