@@ -1,11 +1,13 @@
 """Training methods, one idea a file; any of them goes into ``horizonplan.train(..., algorithm=...)``."""
 
+from horizonplan.algorithms.altmin import AlternatingMinimization
 from horizonplan.algorithms.base import Algorithm, GradientMethod
 from horizonplan.algorithms.diagnose import input_effects
 from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.heads import Place
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
+from horizonplan.algorithms.penalty import Penalty
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
 
@@ -13,6 +15,7 @@ __all__ = [
     "DGL",
     "SGR",
     "Algorithm",
+    "AlternatingMinimization",
     "BackPropagation",
     "Fixed",
     "GradientMethod",
@@ -21,6 +24,7 @@ __all__ = [
     "InformationPropagation",
     "LoCo",
     "LocalLearning",
+    "Penalty",
     "Place",
     "SimplexETF",
     "Windows",
