@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from horizonplan.algorithms.base import Algorithm, gradient_norm, not_finite
 from horizonplan.algorithms.coactivation import Memory, rows
+from horizonplan.algorithms.code_gains import measured_gains, rate
 from horizonplan.algorithms.code_layers import NONLINEAR, NORMS, code_layers
 from horizonplan.algorithms.code_links import Links, find_links
 from horizonplan.algorithms.code_sweep import Sweep
 from horizonplan.algorithms.penalty import Penalty
 from horizonplan.batch import signature
 from horizonplan.chain import Chain, ChainError
-from horizonplan.chain.calls import ENTRY
+from horizonplan.chain.calls import ENTRY, quiet
 
 KEPT_LINKS = 32
 
@@ -48,7 +49,10 @@ class AlternatingMinimization(Algorithm):
         mu: the weight of the quadratic terms; a number, or a :class:`Penalty` that grows. Codes move little where it
             is large, and the weights' gradient then tends to back-propagation's (with ``code_steps=1``).
         code_steps: steps of gradient descent on each code.
-        code_lr: their rate, on Eqs. 4 and 5 divided by mu; ``None``: ``0.5 / code_steps``.
+        code_lr: their rate, on Eqs. 4 and 5 divided by mu; ``None``: for each layer the best one for Eq. 5 along its
+            slope, from how much the layer above magnified the last batch's moves
+            (:mod:`horizonplan.algorithms.code_gains`). A number is the same for all layers, and is to be lowered where
+            weights are large.
         weight_steps: the optimiser's steps a batch, and sweeps over the columns with ``memory``.
         decay: of the memories, a batch; 1: all batches count the same.
 
@@ -89,10 +93,24 @@ class AlternatingMinimization(Algorithm):
         self._layers = code_layers(chain.model)
         self._links: dict[Any, Links] = {}
         self._chain, self._steps = chain, 0
-        links = self._links_of(batch)
+        self._gains = self._first_gains(batch)
         self._memories: dict[nn.Module, Memory] = {}
-        if not self.memory:
-            return None
+        return self._remember(chain, self._links_of(batch)) if self.memory else None
+
+    def _first_gains(self, batch: Any) -> dict[nn.Module, Tensor]:
+        """Of a step that is not made."""
+        assert self._chain is not None
+        self._gains = dict.fromkeys(self._layers, torch.ones((), device=self._chain.device))
+        if self.code_lr is not None:
+            return self._gains
+        with quiet(self._chain.model):
+            sweep = self._sweep(batch, 1.0)
+            sweep.encode()
+            sweep.move()
+            return measured_gains(sweep, sweep.again(None)[0], self._gains)
+
+    def _remember(self, chain: Chain, links: Links) -> nn.Module:
+        """Make the memories."""
         for name, module in chain.model.named_modules():
             own = any(p is not None and p.requires_grad for p in module._parameters.values())
             if own and isinstance(module, (*NORMS, *NONLINEAR)):
@@ -120,29 +138,33 @@ class AlternatingMinimization(Algorithm):
         """
         self._see(chain)
         mu = self.mu(self._steps) if isinstance(self.mu, Penalty) else float(self.mu)
-        rate = 0.5 / self.code_steps if self.code_lr is None else self.code_lr
-        links = self._links_of(batch)
-        sweep = Sweep(chain, self._layers, links, batch, mu, rate, self.code_steps, self.proximal)
+        sweep = self._sweep(batch, mu)
         loss = sweep.encode()
         if torch.isfinite(loss):
             with sweep.rest():
                 sweep.move()
                 for turn in range(self.weight_steps):
-                    if not self._fit(sweep, optimizer, remember=turn == 0):
+                    if not self._fit(sweep, optimizer, first=turn == 0):
                         return loss * math.nan
             self._steps += 1
         return loss
 
-    def _fit(self, sweep: Sweep, optimizer: torch.optim.Optimizer, remember: bool) -> bool:
+    def _sweep(self, batch: Any, mu: float) -> Sweep:
+        chain, links = self._chain, self._links_of(batch)
+        assert chain is not None
+        rates = {m: rate(self._gains[m]) if self.code_lr is None else self.code_lr for m in self._layers}
+        return Sweep(chain, self._layers, links, batch, mu, rates, self.code_steps, self.proximal)
+
+    def _fit(self, sweep: Sweep, optimizer: torch.optim.Optimizer, first: bool) -> bool:
         """Algorithm 2.3: every layer on its own codes; ``False`` if something is not finite, and nothing was done."""
         chain, links = sweep.chain, sweep.links
         chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
-        fitted = [] if self.memory else links.coded
-        run, loss = sweep.again({*fitted, *links.outputs})
+        run, loss = sweep.again(None)
         assert loss is not None
+        gains = measured_gains(sweep, run, self._gains) if first else self._gains
         terms, cotangents = [loss], [torch.ones_like(loss)]
-        for i in fitted:
+        for i in [] if self.memory else links.coded:
             distance = run.predictions[i].detach() - sweep.codes[i]
             terms.append(run.predictions[i])
             cotangents.append((2 * sweep.mu / sweep.samples) * distance)
@@ -155,7 +177,8 @@ class AlternatingMinimization(Algorithm):
             chain.model.zero_grad(set_to_none=True)
             return False
         optimizer.step()
-        if remember:
+        if first:
+            self._gains = gains
             for memory in self._memories.values():
                 memory.forget(self.decay)
             for memory, layer, arguments, code in new:
@@ -169,12 +192,17 @@ class AlternatingMinimization(Algorithm):
         return [(self._memories[m], i) for i in links.coded if (m := links.modules[i]) in self._memories]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches mu has grown with (the memories are kept by who keeps what ``prepare`` returned)."""
-        return {"steps": self._steps}
+        """The batches that mu has grown with, and the layers' gains.
+
+        The memories are kept by who keeps what :meth:`prepare` returned.
+        """
+        gains = {self._layers[m]: gain.cpu() for m, gain in self._gains.items()}
+        return {"steps": self._steps, "gains": gains}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._steps = int(state["steps"])
+        self._gains = {m: state["gains"][name].to(self._gains[m].device) for m, name in self._layers.items()}
 
     def _links_of(self, batch: Any) -> Links:
         """The links on batches of these shapes, found once."""
@@ -209,13 +237,11 @@ class AlternatingMinimization(Algorithm):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number >= 1.")
-        positive = {"mu": None if isinstance(self.mu, Penalty) else self.mu, "code_lr": self.code_lr}
-        for name, number in positive.items():
+        for name, number in {"mu": self.mu, "code_lr": self.code_lr}.items():
             fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
-            if number is not None and not fits:
-                raise ValueError(f"{name}={number!r}: give a number > 0{', or a Penalty' if name == 'mu' else ''}.")
-        if self.mu is None:
-            raise ValueError("mu=None: give a number > 0, or a Penalty.")
+            other = isinstance(number, Penalty) if name == "mu" else number is None
+            if not fits and not other:
+                raise ValueError(f"{name}={number!r}: give a number > 0, or {'a Penalty' if name == 'mu' else None}.")
         if not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay!r}: give a number > 0 and <= 1.")
         if self.decay < 1 and not self.memory:

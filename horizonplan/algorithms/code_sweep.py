@@ -8,7 +8,7 @@ the activation: through the function itself the derivative is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +33,12 @@ class Sweep:
         links: which code is read where.
         batch: the batch.
         mu: the weight of the quadratic terms.
-        rate: of the gradient descent on codes.
+        rates: of the gradient descent on a layer's codes.
         steps: of it, for each code.
         proximal: whether the second term of Eq. 5 counts.
         codes: a call's number -> code; the forward's values until :meth:`move`.
+        forward: the codes' values in the forward.
+        relaxed: for a layer after a sign, its prediction from the activation as it would have moved.
     """
 
     chain: Chain
@@ -44,10 +46,12 @@ class Sweep:
     links: Links
     batch: Any
     mu: float
-    rate: float
+    rates: Mapping[nn.Module, Tensor | float]
     steps: int
     proximal: bool
     codes: dict[int, Tensor] = field(default_factory=dict)
+    forward: dict[int, Tensor] = field(default_factory=dict)
+    relaxed: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dice = Dice(self.chain.model)
@@ -81,13 +85,12 @@ class Sweep:
         read = {i for j in self.links.outputs for i in self.links.parents[j]}
         self._pull(self.loss, self.loss.new_tensor(self.samples / self.mu), sorted(read))
         for i in reversed(self.links.coded):
-            predicted, start = self._encoded.predictions[i], self.codes[i]
+            predicted = self._encoded.predictions[i]
+            moved = self.forward[i] = predicted.detach()
             if i in self._slopes:  # or else what is above has not moved
                 moved = self._descend(i, self._slopes[i])
-                self._pull(predicted, 2 * (predicted.detach() - moved), self.links.parents[i])
-                self.codes[i] = moved
-            else:
-                self.codes[i] = start.detach()
+                self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
+            self.codes[i] = moved
         del self._encoded, self.loss
         self._slopes.clear()
 
@@ -102,12 +105,12 @@ class Sweep:
             after.rewind()
 
     def again(
-        self, wanted: set[int], last: int | None = None, at: tuple[int, Tensor] | None = None
+        self, wanted: set[int] | None, last: int | None = None, at: tuple[int, Tensor] | None = None
     ) -> tuple[CodePass, Tensor | None]:
         """Another pass over the batch with the present codes.
 
         Args:
-            wanted: the calls whose predictions are computed.
+            wanted: the calls whose predictions are computed; ``None``: all.
             last: the call to end after.
             at: a call, and a value in place of its code (of what is read, where that is a sign).
 
@@ -163,17 +166,19 @@ class Sweep:
 
     def _descend(self, i: int, slope: Tensor) -> Tensor:
         """Eqs. 4 and 5 for one code: some steps, the first one from the forward's value and graph."""
-        start = self._variable(i).detach()
-        value = start - self.rate * slope
+        start, rate = self._variable(i).detach(), self.rates[self.links.modules[i]]
+        value = start - rate * slope
         for _ in range(self.steps - 1):
             slope = self._slope_at(i, value)
             if self.proximal:
                 slope = slope + 2 * (value - start)
-            value = value - self.rate * slope
+            value = value - rate * slope
         if i not in self.links.steps:
             return value
-        code = self.codes[i].detach()
-        return code + (value - start).reshape(code.shape)
+        (child,) = self.links.children[i]
+        if child not in self.links.outputs:
+            self.relaxed[child] = self.again({child}, child, (i, value))[0].predictions[child].detach()
+        return self.forward[i] + (value - start).reshape(self.forward[i].shape)
 
     def _slope_at(self, i: int, value: Tensor) -> Tensor:
         """The slope of the first term of Eq. 4 or 5 at another value than the forward's."""
