@@ -1,5 +1,7 @@
 """Small networks of every kind that alternating minimisation takes, with batches for them."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 def perceptron(activation=nn.Tanh, widths=(6, 5, 4, 3)):
     modules = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in pairwise(widths):
         modules += [nn.Linear(a, b), activation()]
     return nn.Sequential(*modules[:-1]).double()
 

@@ -125,7 +125,7 @@ def test_a_small_step_on_a_code_decreases_its_sub_problem(activation, proximal):
 
 
 def test_many_steps_reach_the_closed_form_optimum_of_the_quadratic_sub_problem():
-    """Eq. 5 with a linear activation: (W^T W + 1) c = W^T (c_above - b) + c; without its second term, W c = c_above - b."""
+    """Eq. 5, linear activation: (W^T W + 1) c = W^T (c_above - b) + c_forward; without its second term, W c = ..."""
     model, data = perceptron(nn.Identity), batch()
     weight, bias = model[2].weight.detach(), model[2].bias.detach()
     for proximal in (True, False):

@@ -224,20 +224,15 @@ def test_attention_is_refused():
         hp.train(SequenceClassifier(6, 5, 3, width=8, depth=2, heads=2), [batch], algorithm=AlternatingMinimization())
 
 
+def ending(*modules, size):
+    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(size, 3))
+
+
 NOT_REMEMBERED = {
-    "batch norm": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)), "BatchNorm2d"),
-    "plain norm": (
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.Linear(72, 3)),
-        "normalised",
-    ),
-    "groups": (
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, groups=2), nn.Flatten(), nn.Linear(32, 3)),
-        "groups=2",
-    ),
-    "conv3d": (
-        nn.Sequential(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, (1, 3, 3)), nn.Flatten(), nn.Linear(72, 3)),
-        "Conv3d",
-    ),
+    "batch norm": (ending(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), size=72), "BatchNorm2d"),
+    "plain norm": (ending(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False), size=72), "normalised"),
+    "groups": (ending(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, groups=2), size=32), "groups=2"),
+    "conv3d": (ending(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, (1, 3, 3)), size=72), "Conv3d"),
 }
 
 

@@ -93,9 +93,10 @@ class AlternatingMinimization(Algorithm):
         self._layers = code_layers(chain.model)
         self._links: dict[Any, Links] = {}
         self._chain, self._steps = chain, 0
+        self._parameters, self._modules = list(chain.parameters()), dict(chain.model.named_modules())
         self._gains = self._first_gains(batch)
         self._memories: dict[nn.Module, Memory] = {}
-        return self._remember(chain, self._links_of(batch)) if self.memory else None
+        return self._remember(self._links_of(batch)) if self.memory else None
 
     def _first_gains(self, batch: Any) -> dict[nn.Module, Tensor]:
         """Of a step that is not made."""
@@ -109,9 +110,9 @@ class AlternatingMinimization(Algorithm):
             sweep.move()
             return measured_gains(sweep, sweep.again(None)[0], self._gains)
 
-    def _remember(self, chain: Chain, links: Links) -> nn.Module:
+    def _remember(self, links: Links) -> nn.Module:
         """Make the memories."""
-        for name, module in chain.model.named_modules():
+        for name, module in self._modules.items():
             own = any(p is not None and p.requires_grad for p in module._parameters.values())
             if own and isinstance(module, (*NORMS, *NONLINEAR)):
                 raise ChainError(
@@ -157,12 +158,14 @@ class AlternatingMinimization(Algorithm):
 
     def _fit(self, sweep: Sweep, optimizer: torch.optim.Optimizer, first: bool) -> bool:
         """Algorithm 2.3: every layer on its own codes; ``False`` if something is not finite, and nothing was done."""
-        chain, links = sweep.chain, sweep.links
-        chain.model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        run, loss = sweep.again(None)
+        links = sweep.links
+        self._clear(optimizer)
+        calls = range(len(links.modules))
+        run, loss = sweep.again([i for i in calls if i not in links.orphans] if first else None)
         assert loss is not None
-        gains = measured_gains(sweep, run, self._gains) if first else self._gains
+        if first:  # weights are as in the encoding
+            run.predictions |= sweep.unmoved
+            gains = measured_gains(sweep, run, self._gains)
         terms, cotangents = [loss], [torch.ones_like(loss)]
         for i in [] if self.memory else links.coded:
             distance = run.predictions[i].detach() - sweep.codes[i]
@@ -174,7 +177,7 @@ class AlternatingMinimization(Algorithm):
         new = [(m, links.modules[i], run.arguments[i], sweep.codes[i]) for m, i in self._remembered(links)]
         finite = all(bool(torch.isfinite(code).all()) for *_, code in new)
         if not finite or not_finite(loss.detach(), gradient_norm(optimizer)):
-            chain.model.zero_grad(set_to_none=True)
+            self._clear(optimizer)
             return False
         optimizer.step()
         if first:
@@ -186,6 +189,11 @@ class AlternatingMinimization(Algorithm):
         for layer, memory in self._memories.items():
             memory.fit(layer)
         return True
+
+    def _clear(self, optimizer: torch.optim.Optimizer) -> None:
+        for p in self._parameters:
+            p.grad = None
+        optimizer.zero_grad(set_to_none=True)
 
     def _remembered(self, links: Links) -> list[tuple[Memory, int]]:
         """The memory of each call that has one."""
@@ -220,7 +228,7 @@ class AlternatingMinimization(Algorithm):
             raise ValueError(
                 f"{type(self).__name__}: it has to know the chain first: prepare(chain, batch), once, then step."
             )
-        for name, module in chain.model.named_modules():
+        for name, module in self._modules.items():
             if vars(module).get(ENTRY) is not None:
                 raise ValueError(
                     f"compile: {name!r} is compiled, and alternating minimisation takes over its layers' calls; leave "

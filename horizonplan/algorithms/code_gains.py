@@ -37,18 +37,20 @@ def measured_gains(sweep: Sweep, run: CodePass, before: Mapping[nn.Module, Tenso
         run: a pass with the moved codes and all predictions.
         before: the gains until now, kept where no code has moved.
     """
-    links = sweep.links
-    found = dict(before)
-    for layer in dict.fromkeys(links.modules[i] for i in links.coded):
-        calls = [i for i in links.coded if links.modules[i] is layer]
+    links, found = sweep.links, dict(before)
+    predicted = run.predictions | sweep.relaxed
+    for layer, calls in links.calls.items():
+        moves = [torch.dist(sweep.codes[i], sweep.forward[i]) for i in calls]
         read = {j for i in calls for j in links.children[i]} - links.outputs
-        length = sum(((sweep.codes[i] - sweep.forward[i]).square().sum() for i in calls), torch.zeros(()))
-        if set(calls) & links.steps:
-            read_values = {j: sweep.relaxed[j] for j in read}
-        else:
-            read_values = {j: run.predictions[j] for j in read}
-        change = sum(((read_values[j] - sweep.forward[j]).square().sum() for j in read), torch.zeros_like(length))
-        gain = change / length
-        old = before.get(layer, torch.zeros_like(gain))
-        found[layer] = torch.where(torch.isfinite(gain), gain, old)
+        if not read:
+            found[layer] = torch.zeros_like(moves[0])
+            continue
+        changes = [torch.dist(predicted[j], sweep.forward[j]) for j in sorted(read)]
+        gain = (_length(changes) / _length(moves)).square()
+        found[layer] = torch.where(torch.isfinite(gain), gain, before[layer])
     return found
+
+
+def _length(parts: list[Tensor]) -> Tensor:
+    """Of a vector, from the lengths of its parts."""
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,16 +40,28 @@ class Links:
     steps: frozenset[int]
     normed: frozenset[int]
     copied: frozenset[int]
-    children: tuple[tuple[int, ...], ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        found = [tuple(j for j, read in enumerate(self.parents) if i in read) for i in range(len(self.parents))]
-        object.__setattr__(self, "children", tuple(found))
+    @cached_property
+    def children(self) -> tuple[frozenset[int], ...]:
+        """For each call, the calls that read its code."""
+        count = range(len(self.parents))
+        return tuple(frozenset(j for j in count if i in self.parents[j]) for i in count)
 
-    @property
-    def coded(self) -> list[int]:
+    @cached_property
+    def coded(self) -> tuple[int, ...]:
         """The calls that have a code, in the order of the forward."""
-        return [i for i in range(len(self.modules)) if i not in self.outputs]
+        return tuple(i for i in range(len(self.modules)) if i not in self.outputs)
+
+    @cached_property
+    def calls(self) -> dict[nn.Module, tuple[int, ...]]:
+        """The calls with a code of each layer."""
+        layers = dict.fromkeys(self.modules[i] for i in self.coded)
+        return {layer: tuple(i for i in self.coded if self.modules[i] is layer) for layer in layers}
+
+    @cached_property
+    def orphans(self) -> frozenset[int]:
+        """The calls with a code that read none: what they predict does not depend on codes."""
+        return frozenset(i for i in self.coded if not self.parents[i])
 
     def same(self, modules: Sequence[nn.Module], layers: Mapping[nn.Module, str]) -> None:
         """See that a forward called the same layers.

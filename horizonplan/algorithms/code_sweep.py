@@ -8,7 +8,7 @@ the activation: through the function itself the derivative is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,7 @@ class Sweep:
         codes: a call's number -> code; the forward's values until :meth:`move`.
         forward: the codes' values in the forward.
         relaxed: for a layer after a sign, its prediction from the activation as it would have moved.
+        unmoved: predictions of the encoding, with their graphs, that read no code.
     """
 
     chain: Chain
@@ -52,6 +53,7 @@ class Sweep:
     codes: dict[int, Tensor] = field(default_factory=dict)
     forward: dict[int, Tensor] = field(default_factory=dict)
     relaxed: dict[int, Tensor] = field(default_factory=dict)
+    unmoved: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dice = Dice(self.chain.model)
@@ -91,6 +93,7 @@ class Sweep:
                 moved = self._descend(i, self._slopes[i])
                 self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
+        self.unmoved = {i: self._encoded.predictions[i] for i in self.links.orphans}
         del self._encoded, self.loss
         self._slopes.clear()
 
@@ -105,7 +108,7 @@ class Sweep:
             after.rewind()
 
     def again(
-        self, wanted: set[int] | None, last: int | None = None, at: tuple[int, Tensor] | None = None
+        self, wanted: Collection[int] | None, last: int | None = None, at: tuple[int, Tensor] | None = None
     ) -> tuple[CodePass, Tensor | None]:
         """Another pass over the batch with the present codes.
 
@@ -182,10 +185,10 @@ class Sweep:
 
     def _slope_at(self, i: int, value: Tensor) -> Tensor:
         """The slope of the first term of Eq. 4 or 5 at another value than the forward's."""
-        children, outputs = set(self.links.children[i]), self.links.outputs
+        children, outputs = self.links.children[i], self.links.outputs
         leaf = value.detach().requires_grad_()
         above = bool(children & outputs)
-        run, loss = self.again(children | (outputs if above else set()), None if above else max(children), (i, leaf))
+        run, loss = self.again(children | outputs if above else children, None if above else max(children), (i, leaf))
         terms, cotangents = [], []
         if loss is not None:
             terms.append(loss)
