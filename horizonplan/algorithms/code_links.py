@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from horizonplan.algorithms.code_layers import LINEAR, NORMS
 from horizonplan.algorithms.code_pass import CodePass, Dice
 from horizonplan.chain import Chain, ChainError
-from horizonplan.chain.calls import handler, intercept, quiet
+from horizonplan.chain.calls import handler, intercept, quiet, rng_devices
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_links(chain: Chain, layers: Mapping[nn.Module, str], batch: Any) -> Lin
 class _Search:
     def __init__(self, chain: Chain, layers: Mapping[nn.Module, str], batch: Any) -> None:
         self.chain, self.layers, self.batch = chain, layers, batch
-        self.dice = Dice(chain.model)
+        self.dice = Dice(rng_devices(chain.model))
         self.normed: set[int] = set()
 
     def links(self) -> Links:

@@ -6,8 +6,7 @@ is run step by step, with a code at each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from horizonplan.algorithms.code_layers import LINEAR, NORMS, activation, cell, cell_weights
 from horizonplan.chain import Chain, ChainError
-from horizonplan.chain.calls import handler, intercept, rng_devices
+from horizonplan.chain.calls import handler, intercept
 
 HandOn = Callable[[int, Tensor | None], Tensor]
 Read = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -26,11 +25,15 @@ class _Done(BaseException):  # not an Exception: a model's own handlers let it p
 
 
 class Dice:
-    """Torch's generators as they are now, to draw the same numbers (dropout) in every pass over a batch."""
+    """Torch's generators as they are now, to draw the same numbers (dropout) in every pass over a batch.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        cards: the CUDA devices in use.
+    """
+
+    def __init__(self, cards: Sequence[int] = ()) -> None:
         self.cpu = torch.get_rng_state()
-        self.cards = [(device, torch.cuda.get_rng_state(device)) for device in rng_devices(model)]
+        self.cards = [(device, torch.cuda.get_rng_state(device)) for device in cards]
 
     def rewind(self) -> None:
         """Bring them back."""
@@ -82,10 +85,9 @@ class CodePass:
         """
         self._last = last
         handlers = {m: handler(self._linear if isinstance(m, LINEAR) else self._recurrent, m) for m in self.layers}
-        norms = {m: handler(self._norm) for m in self.chain.model.modules() if isinstance(m, NORMS)}
-        with ExitStack() as stack:
-            stack.enter_context(self.chain.running())
-            stack.enter_context(intercept(handlers | norms if self.normed else handlers))
+        if self.normed:
+            handlers |= {m: handler(self._norm) for m in self.chain.model.modules() if isinstance(m, NORMS)}
+        with self.chain.running(), intercept(handlers):
             try:
                 return self.chain.loss(batch)
             except _Done:

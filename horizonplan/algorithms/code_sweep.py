@@ -20,7 +20,7 @@ from horizonplan.algorithms.code_links import Links
 from horizonplan.algorithms.code_pass import CodePass, Dice
 from horizonplan.batch import target_of
 from horizonplan.chain import Chain
-from horizonplan.chain.calls import scratch_buffers
+from horizonplan.chain.calls import rng_devices, scratch_buffers
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Sweep:
     unmoved: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dice = Dice(self.chain.model)
+        self.cards = rng_devices(self.chain.model) if self.chain.device.type == "cuda" else []
+        self.dice = Dice(self.cards)
         self._inputs: dict[int, Tensor] = {}  # what a layer after a sign reads
         self._slopes: dict[int, Tensor] = {}
 
@@ -71,6 +72,7 @@ class Sweep:
             loss = self._encoded.run(self.batch)
         assert loss is not None
         self.links.same(self._encoded.modules, self.layers)
+        self._encoded.arguments.clear()
         self.loss = loss
         return loss.detach()
 
@@ -83,24 +85,26 @@ class Sweep:
         return next((len(code) for code in self.codes.values()), 1)
 
     def move(self) -> None:
-        """Algorithm 2.2's ``updateCodes``, from the last code to the first."""
+        """Algorithm 2.2's ``updateCodes``, from the last code to the first; each graph is freed when it is used."""
+        predictions = self._encoded.predictions
+        self.unmoved = {i: predictions[i] for i in self.links.orphans}
+        for i in self.links.outputs:
+            del predictions[i]
         read = {i for j in self.links.outputs for i in self.links.parents[j]}
         self._pull(self.loss, self.loss.new_tensor(self.samples / self.mu), sorted(read))
+        del self.loss
         for i in reversed(self.links.coded):
-            predicted = self._encoded.predictions[i]
+            predicted = predictions.pop(i)
             moved = self.forward[i] = predicted.detach()
             if i in self._slopes:  # or else what is above has not moved
-                moved = self._descend(i, self._slopes[i])
+                moved = self._descend(i, self._slopes.pop(i))
                 self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
-        self.unmoved = {i: self._encoded.predictions[i] for i in self.links.orphans}
-        del self._encoded, self.loss
-        self._slopes.clear()
 
     @contextmanager
     def rest(self) -> Iterator[None]:
         """For all that comes after the encoding: random state and running statistics are afterwards as now."""
-        after = Dice(self.chain.model)
+        after = Dice(self.cards)
         try:
             with scratch_buffers(self.chain.model.modules()):
                 yield
