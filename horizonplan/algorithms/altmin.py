@@ -24,6 +24,7 @@ from horizonplan.algorithms.code_gains import measured_gains, rate
 from horizonplan.algorithms.code_layers import NONLINEAR, NORMS, code_layers
 from horizonplan.algorithms.code_links import Links, find_links
 from horizonplan.algorithms.code_sweep import Sweep
+from horizonplan.algorithms.mean_loss import refuse_sum
 from horizonplan.algorithms.penalty import Penalty
 from horizonplan.batch import signature
 from horizonplan.chain import Chain, ChainError
@@ -89,11 +90,14 @@ class AlternatingMinimization(Algorithm):
 
         Raises:
             ChainError: the method has no codes for such a model.
+            ValueError: the loss is a sum over samples.
         """
         self._layers = code_layers(chain.model)
         self._links: dict[Any, Links] = {}
         self._chain, self._steps = chain, 0
         self._parameters, self._modules = list(chain.parameters()), dict(chain.model.named_modules())
+        self._links_of(batch)
+        refuse_sum(chain, batch)
         self._gains = self._first_gains(batch)
         self._memories: dict[nn.Module, Memory] = {}
         return self._remember(self._links_of(batch)) if self.memory else None

@@ -142,14 +142,16 @@ def _check(layer: nn.Module, name: str) -> None:
     if isinstance(layer, nn.Conv3d):
         raise ChainError(f"memory=True: {name!r} is a Conv3d, for which torch has no unfolding; {way_out}.")
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        if not plain:
+        simple = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        if not simple:
             raise ChainError(
                 f"memory=True: {name!r} has groups={layer.groups}, padding={layer.padding!r}, padding_mode="
                 f"{layer.padding_mode!r}; its unfolding needs one group and a number of zeros, or {way_out}."
             )
-    if not isinstance(layer, RECURRENT) and set(layer._parameters) != {"weight", "bias"}:
-        raise ChainError(f"memory=True: {name!r} has weights that are made of other parameters; {way_out}.")
+    if not isinstance(layer, RECURRENT):
+        plain = type(layer).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+        if not plain or layer._parameters.keys() != {"weight", "bias"}:
+            raise ChainError(f"memory=True: {name!r} computes its output or weights in a way of its own; {way_out}.")
     trained = {p.requires_grad for p in layer.parameters()}
     if trained == {True, False}:
         raise ChainError(f"memory=True: {name!r} is frozen in part; freeze all of it or nothing, or {way_out}.")

@@ -37,12 +37,23 @@ def code_layers(model: nn.Module) -> dict[nn.Module, str]:
                 f"model: {name!r} is a {kind}, which alternating minimisation has no code for; it takes Linear and "
                 "Conv layers, RNN and RNNCell, normalisations and PReLU. Train this model with another algorithm."
             )
-        if isinstance(module, nn.RNN) and (module.num_layers > 1 or module.bidirectional):
-            raise ChainError(
-                f"model: {name!r} is an RNN with num_layers={module.num_layers}, bidirectional="
-                f"{module.bidirectional}; give one RNN for each layer, in one direction."
-            )
+        if isinstance(module, RECURRENT):
+            _check_recurrent(module, name)
     return {m: name for name, m in model.named_modules() if isinstance(m, (*LINEAR, *RECURRENT))}
+
+
+def _check_recurrent(module: nn.Module, name: str) -> None:
+    if isinstance(module, nn.RNN) and (module.num_layers > 1 or module.bidirectional):
+        raise ChainError(
+            f"model: {name!r} is an RNN with num_layers={module.num_layers}, bidirectional={module.bidirectional}; "
+            "give one RNN for each layer, in one direction."
+        )
+    known = {f"{kind}{suffix}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for suffix in ("", "_l0")}
+    if type(module).forward not in {nn.RNN.forward, nn.RNNCell.forward} or not module._parameters.keys() <= known:
+        raise ChainError(
+            f"model: {name!r} ({type(module).__name__}) computes its time steps or weights in a way of its own; give a "
+            "plain RNN or RNNCell."
+        )
 
 
 def cell_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -147,12 +147,9 @@ class _Search:
         parents: list[set[int]] = []
         live: set[int] = set()
         for read in (*(run.predictions[j] for j in range(len(codes))), loss):
-            found: set[int] = set()
-            if read.requires_grad:
-                slopes = torch.autograd.grad(read, codes, torch.randn_like(read), allow_unused=True, retain_graph=True)
-                found = {i for i, slope in enumerate(slopes) if slope is not None}
-                live |= {i for i in found if slopes[i].count_nonzero()}
-            parents.append(found)
+            slopes = _slopes(read, codes)
+            parents.append({i for i, slope in enumerate(slopes) if slope is not None})
+            live |= {i for i, slope in enumerate(slopes) if slope is not None and slope.count_nonzero()}
         for i in set(range(len(codes))) - set().union(*parents):  # no graph leads there: look at values
             for j in self._moved(i, run, codes, loss):
                 parents[j].add(i)
@@ -219,3 +216,14 @@ class _Search:
 
     def _name(self, i: int) -> str:
         return repr(self.layers[self.modules[i]])
+
+
+def _slopes(read: Tensor, codes: list[Tensor]) -> Sequence[Tensor | None]:
+    """Derivatives in the codes; ``None`` where no graph leads, or one without derivatives (``torch.heaviside``)."""
+    if read.requires_grad:
+        try:
+            return torch.autograd.grad(read, codes, torch.randn_like(read), allow_unused=True, retain_graph=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+    return [None] * len(codes)
