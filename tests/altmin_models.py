@@ -66,6 +66,13 @@ class Threshold(nn.Module):
         return torch.where(x > 0, 1.0, -1.0)
 
 
+class Heaviside(nn.Module):
+    """A function that autograd refuses."""
+
+    def forward(self, x):
+        return torch.heaviside(x, x.new_zeros(()))
+
+
 def sign_network(inputs, first, second, classes, step=Sign):
     return nn.Sequential(
         nn.Linear(inputs, first), step(), nn.Linear(first, second), nn.Tanh(), nn.Linear(second, classes)
@@ -76,6 +83,13 @@ MODELS = {
     "perceptron": (lambda: perceptron().float(), lambda: (torch.randn(6, 6), torch.randint(0, 3, (6,)))),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 3)),
+        lambda: (torch.randn(6, 6), torch.randint(0, 3, (6,))),
+    ),
+    "norms": (
+        lambda: nn.Sequential(
+            *(nn.Linear(6, 9), nn.LayerNorm(9), nn.PReLU(), nn.BatchNorm1d(9), nn.Linear(9, 7), nn.ReLU(inplace=True)),
+            nn.Linear(7, 3),
+        ),
         lambda: (torch.randn(6, 6), torch.randint(0, 3, (6,))),
     ),
     "cnn": (LeNet, images),
