@@ -38,6 +38,7 @@ SEEDS, TUNED_ON, BATCH = (0, 1, 2, 3, 4), 10, 64
 EARLY = (1, 2, 5, 10, 20, 30, 40, 50)
 EPOCHS = {"mlp": 6, "table": 10, "lenet": 3, "elman": 4, "binary": 6, "binary 10": 6}
 ADAM, SGD = (1e-3, 3e-3, 1e-2), (0.01, 0.03, 0.1)
+CODE_RATES = (None, 0.05, 0.1, 0.5)
 WHOLE = [""]  # the model as one block, for back-propagation through any model
 
 
@@ -84,6 +85,11 @@ def lenet() -> nn.Module:
     convolutions = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 3), nn.ReLU()]
     layers = [nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
     return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *layers)
+
+
+def deep() -> nn.Module:
+    hidden = [module for _ in range(8) for module in (nn.Linear(64, 64), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(196, 64), nn.ReLU(), *hidden, nn.Linear(64, 10))
 
 
 def binary(first: int, step: type[nn.Module] = Sign) -> nn.Module:
@@ -187,6 +193,18 @@ def accuracy(network: str, method: str, rate: float, seed: int) -> dict[str, Any
     return told | {"rate": rate, "early": early.seen}
 
 
+def code_rate(network: str, code_lr: float | None, seed: int) -> dict[str, Any]:
+    """AM-Adam with a fast Adam, for longer, at a fixed rate of the codes or the measured one."""
+    train, held = digit_data(seed)
+    torch.manual_seed(seed)
+    model = {"lenet": lenet, "deep": deep}[network]()
+    data = DataLoader(train, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    method = AlternatingMinimization(code_lr=code_lr)
+    how = {"epochs": 8, "optimizer": optimizer("Adam", 5e-3), "nonfinite": "skip", "max_nonfinite": 10**6}
+    result = hp.train(model, data, algorithm=method, watch_every=0, progress=False, seed=seed, **how)
+    return {"accuracy": right(model, held), "loss": result.final_loss}
+
+
 def best(found: dict[str, Any], network: str, method: str) -> float:
     network, method = ("table" if network == "table" else "mlp"), method if method in TRAINED else "Adam"
     rates = SGD if method == "SGD" else ADAM
@@ -280,6 +298,10 @@ def cells(found: dict[str, Any]) -> Iterator[tuple[str, Callable[[], dict[str, A
                 )
         for method in ("SGD", "Adam", "AM-Adam", "AM-mem", "AM-mem, decay .95"):
             yield f"order {method} {seed}", lambda m=method, s=seed: in_order(m, best(found, "mlp", m), s)
+    for seed in SEEDS[:3]:
+        for network in ("lenet", "deep"):
+            for code_lr in CODE_RATES:
+                yield f"codes {network} {code_lr} {seed}", partial(code_rate, network, code_lr, seed)
 
 
 def load() -> dict[str, Any]:
@@ -322,6 +344,11 @@ def report() -> None:
         if runs:
             learned, forgot = statistics.fmean(r["learned"] for r in runs), spread([r["forgotten"] for r in runs])
             print(f"{method:<20}{spread([r['accuracy'] for r in runs]):>22}{learned:>10.3f}{forgot:>22}")
+    print("\nrate of codes (None: measured), fast Adam, 8 epochs")
+    for network in ("lenet", "deep"):
+        for code_lr in CODE_RATES:
+            values = [found[c]["accuracy"] for s in SEEDS if (c := f"codes {network} {code_lr} {s}") in found]
+            print(f"{network:<10}{code_lr!s:>6}{spread(values):>22}")
     for cell, rows in found.items():
         if cell.startswith("cost "):
             print(f"\n{cell}\n{'':<20}{'KiB':>9}{'of Adam':>9}{'ms':>8}{'time':>7}")

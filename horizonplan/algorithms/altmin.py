@@ -164,8 +164,7 @@ class AlternatingMinimization(Algorithm):
         """Algorithm 2.3: every layer on its own codes; ``False`` if something is not finite, and nothing was done."""
         links = sweep.links
         self._clear(optimizer)
-        calls = range(len(links.modules))
-        run, loss = sweep.again([i for i in calls if i not in links.orphans] if first else None)
+        run, loss = sweep.again(set(range(len(links.modules))) - links.orphans if first else None)
         assert loss is not None
         if first:  # weights are as in the encoding
             run.predictions |= sweep.unmoved

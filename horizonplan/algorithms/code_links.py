@@ -200,12 +200,13 @@ class _Search:
                 "minimisation takes one linear output layer, which the loss reads alone."
             )
         count = Counter(self.modules[i] for i in range(len(self.modules)) if i not in outputs)
-        core = [i for i in range(len(self.modules)) if count[self.modules[i]] > 1]
-        place = {i: core[0] if i in core else i for i in range(len(self.modules))}
+        core = {i for i in range(len(self.modules)) if count[self.modules[i]] > 1}
+        first = min(core, default=0)
+        place = {i: first if i in core else i for i in range(len(self.modules))}
         order = list(dict.fromkeys(place[i] for i in range(len(self.modules)) if i not in outputs))
+        previous = dict(zip(order, [set(), *({i} for i in order)], strict=False))
         for j in range(len(self.modules)):
-            at = len(order) if j in outputs else order.index(place[j])
-            before = set(order[at - 1 : at]) if at else set()
+            before = set(order[-1:]) if j in outputs else previous[place[j]]
             read_by = {place[i] for i in parents[j]}
             if not (read_by <= before | {place[j]} if j in core else read_by == before):
                 names = ", ".join(sorted({self._name(i) for i in parents[j]})) or "none of the layers before it"
