@@ -99,6 +99,22 @@ def test_a_sign_layer_that_learns_beats_the_frozen_one():
     assert accuracy(False, AlternatingMinimization()) > frozen + 0.1
 
 
+@pytest.mark.parametrize("step", [Sign, nn.ReLU])
+def test_codes_that_no_weight_could_follow_stay(step):
+    """Those of frozen first layers; a frozen layer further up hands the move on."""
+    data = torch.randn(20, 6), torch.randint(0, 3, (20,))
+    for frozen, moved in (([0], [False, True]), ([2], [True, True]), ([0, 2], [False, False])):
+        model = sign_network(6, 9, 4, 3, step)
+        for k in frozen:
+            model[k].requires_grad_(False)
+        _, method = prepared(model, data)
+        sweep = method._sweep(data, 1.0)
+        sweep.encode()
+        with sweep.rest():
+            sweep.move()
+        assert [not torch.equal(sweep.codes[i], sweep.forward[i]) for i in range(2)] == moved
+
+
 def test_a_frozen_layer_stays():
     for memory in (False, True):
         model = sign_network(6, 9, 4, 3)

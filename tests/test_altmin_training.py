@@ -239,3 +239,9 @@ def test_a_loss_that_is_a_sum_is_refused():
     loss = nn.CrossEntropyLoss(reduction="sum")
     with pytest.raises(ValueError, match="give a mean"):
         hp.train(perceptron().float(), batches(), algorithm=AlternatingMinimization(), loss=loss)
+
+
+def test_small_batches_and_models_of_one_batch_size_are_taken():
+    hp.train(LeNet(norm=True), [images(2)], algorithm=AlternatingMinimization())
+    fixed = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Unflatten(0, (6, 1)), nn.Flatten(), nn.Linear(4, 3))
+    hp.train(fixed, batches(1, rows=6), algorithm=AlternatingMinimization())

@@ -3,7 +3,7 @@
 "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables", Eqs. 4 and 5, each divided by mu: the loss
 is weighted by 1/mu, and quadratic terms by 1, so that one rate serves all layers. Codes are steps of plain gradient
 descent away from their forward values. The code before a sign is moved by as much as descent on the activation moves
-the activation: through the function itself the derivative is zero.
+the activation: through the function itself the derivative is zero. A code below which all is frozen stays.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Sweep:
         for i in reversed(self.links.coded):
             predicted = predictions.pop(i)
             moved = self.forward[i] = predicted.detach()
-            if i in self._slopes:  # or else what is above has not moved
+            if i in self._slopes:
                 moved = self._descend(i, self._slopes.pop(i))
                 self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
@@ -147,12 +147,12 @@ class Sweep:
         assert prediction is not None
         if i in self.links.outputs:
             return prediction
-        self.codes[i] = prediction.detach().requires_grad_()
+        self.codes[i] = prediction.detach().requires_grad_(prediction.requires_grad)  # nothing below could follow
         return self.codes[i].clone() if i in self.links.copied else self.codes[i]
 
     def _leaf_read(self, i: int, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for parent in self.links.parents[i]:
-            if parent in self.links.steps:
+            if parent in self.links.steps and self.codes[parent].requires_grad:
                 self._inputs[parent] = arguments[0].detach().requires_grad_()
                 return (self._inputs[parent],)
         return arguments
@@ -163,11 +163,12 @@ class Sweep:
 
     def _pull(self, output: Tensor, cotangent: Tensor, parents: tuple[int, ...] | list[int]) -> None:
         """Add what a term contributes to its parents' slopes."""
-        if not parents:
+        moving = [i for i in parents if self.codes[i].requires_grad]
+        if not moving:
             return
-        variables = [self._variable(i) for i in parents]
+        variables = [self._variable(i) for i in moving]
         found = torch.autograd.grad(output, variables, cotangent, retain_graph=True, allow_unused=True)
-        for i, slope in zip(parents, found, strict=True):
+        for i, slope in zip(moving, found, strict=True):
             if slope is not None:
                 self._slopes[i] = self._slopes[i] + slope if i in self._slopes else slope
 

@@ -16,15 +16,20 @@ SUM = 0.75  # the loss of a batch over the sum of its halves' losses is near 1/2
 def refuse_sum(chain: Chain, batch: Any) -> None:
     """See that the loss does not grow with the number of samples, by the two halves of a batch.
 
-    A batch whose samples cannot be told apart is let pass, as is a loss that is not positive.
+    What cannot be judged is let pass: batches of fewer than 4 samples, or whose samples cannot be told apart, models
+    that take batches of one size only, losses that are not positive.
 
     Raises:
         ValueError: it does.
     """
-    if (batch_size(batch) or 0) < 2:
+    if (batch_size(batch) or 0) < 4:  # BatchNorm wants two samples
         return
     with quiet(chain.model), torch.no_grad():
-        whole, *halves = (chain.loss(part).item() for part in (batch, *split(batch, 2)))
+        whole = chain.loss(batch).item()
+        try:
+            halves = [chain.loss(part).item() for part in split(batch, 2)]
+        except (RuntimeError, ValueError):
+            return
     if min(halves) > 0 and whole > SUM * sum(halves):
         raise ValueError(
             f"loss: {whole:.4g} on a batch, {halves[0]:.4g} and {halves[1]:.4g} on its halves, as a sum over samples; "
