@@ -98,7 +98,8 @@ class Sweep:
             moved = self.forward[i] = predicted.detach()
             if i in self._slopes:
                 moved = self._descend(i, self._slopes.pop(i))
-                self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
+                if self.links.parents[i]:
+                    self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
 
     @contextmanager
