@@ -381,7 +381,8 @@ def picture(found: dict[str, Any]) -> None:
         for method in NETWORKS[network][1]:
             runs = [found[c]["early"] for s in SEEDS if (c := f"run {network} {method} {s}") in found]
             if runs:
-                axis.plot(EARLY, [statistics.fmean(r[str(k)] for r in runs) for k in EARLY], label=method, linewidth=1)
+                means, color = [statistics.fmean(r[str(k)] for r in runs) for k in EARLY], f"C{TRAINED.index(method)}"
+                axis.plot(EARLY, means, label=method, linewidth=1, color=color)
         axis.set(title=network, xlabel="batches")
     axes[0][0].set_ylabel("accuracy on held data")
     axes[0][0].legend(fontsize=7)
