@@ -1,5 +1,6 @@
 """Training methods, one idea a file; any of them goes into ``horizonplan.train(..., algorithm=...)``."""
 
+from horizonplan.algorithms.altmin import AlternatingMinimization
 from horizonplan.algorithms.base import Algorithm, GradientMethod
 from horizonplan.algorithms.diagnose import input_effects
 from horizonplan.algorithms.etf import SimplexETF
@@ -8,6 +9,7 @@ from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
 from horizonplan.algorithms.locoprop import LocoProp
 from horizonplan.algorithms.naming import short_name
+from horizonplan.algorithms.penalty import Penalty
 from horizonplan.algorithms.rmsprop import RMSProp
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.transfer import Transfer
@@ -17,6 +19,7 @@ __all__ = [
     "DGL",
     "SGR",
     "Algorithm",
+    "AlternatingMinimization",
     "BackPropagation",
     "Fixed",
     "GradientMethod",
@@ -26,6 +29,7 @@ __all__ = [
     "LoCo",
     "LocalLearning",
     "LocoProp",
+    "Penalty",
     "Place",
     "RMSProp",
     "SimplexETF",

@@ -16,9 +16,12 @@ class Algorithm(ABC):
         honours: the trainer's options that act inside a step and that this method takes, of
             ``accumulate``, ``data_parallel``, ``fused``, ``max_grad_norm``, ``nonfinite`` (skipping a step) and
             ``precision``. The trainer refuses the others.
+        whole: whether the method sees into the model by itself, so that no blocks need be found: for the trainer the
+            chain is the model as one block then.
     """
 
     honours: ClassVar[frozenset[str]] = frozenset()
+    whole: ClassVar[bool] = False
 
     def prepare(self, chain: Chain, batch: Any) -> nn.Module | None:
         """Make what the method needs on this chain (auxiliary heads); what is returned is trained along."""

@@ -46,6 +46,7 @@ from horizonplan.training.warmup import warm_up
 from horizonplan.training.watch import Watch, scheduled
 
 P = ParamSpec("P")
+WHOLE = ("",)  # the name of the model itself, as the only block
 
 
 @dataclass
@@ -200,9 +201,10 @@ class Trainer(Options):
             chain = self.plan.chain(self.model, first, self.loss, self.compute_loss, self.projection)
             methods: dict[int, Algorithm] = {0: Fixed(self.plan.schedule)}
         else:
-            chain = Chain.from_model(self.model, first, self.blocks, self.loss, self.compute_loss, self.projection)
             given = BackPropagation() if self.algorithm is None else self.algorithm
             methods = dict(sorted(given.items())) if isinstance(given, Mapping) else {0: given}
+            blocks = WHOLE if self.blocks is None and all(m.whole for m in methods.values()) else self.blocks
+            chain = Chain.from_model(self.model, first, blocks, self.loss, self.compute_loss, self.projection)
         for method in methods.values():
             if isinstance(method, Windows):
                 method.schedule(chain.depth)

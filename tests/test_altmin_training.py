@@ -1,0 +1,247 @@
+"""Alternating minimisation in the trainer and the probes."""
+
+import pytest
+import torch
+from altmin_models import MODELS, LeNet, images, perceptron
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import horizonplan as hp
+from horizonplan.algorithms import AlternatingMinimization, BackPropagation, Penalty
+from horizonplan.datasets import digits
+from horizonplan.training import TrainingWarning
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def batches(count=4, rows=6):
+    return [(torch.randn(rows, 6), torch.randint(0, 3, (rows,))) for _ in range(count)]
+
+
+def relu_network():
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def accuracy(batch_size, seed, standard, algorithm=None, **options):
+    """On digits not trained on, with all defaults; pixels as they come or standardised."""
+    train, validation = (part.tensors for part in digits(seed=seed))
+    if standard:
+        mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
+        train, validation = (((x - mean) / deviation, y) for x, y in (train, validation))
+    else:  # pixels between 0 and 1
+        low, high = train[0].min(), train[0].max()
+        train, validation = (((x - low) / (high - low), y) for x, y in (train, validation))
+    torch.manual_seed(seed)
+    model = relu_network()
+    data = DataLoader(TensorDataset(*train), batch_size, shuffle=True)
+    algorithm = algorithm or hp.algorithms.AlternatingMinimization()
+    result = hp.train(model, data, algorithm=algorithm, epochs=12, val_data=TensorDataset(*validation), **options)
+    return result.val_metrics["accuracy"]
+
+
+def test_with_all_defaults_it_learns_the_digits():
+    assert accuracy(128, 0, standard=False) > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("standard", [False, True])
+def test_with_all_defaults_it_learns_the_digits_however_they_are_prepared(size, standard):
+    found = [accuracy(size, seed, standard) for seed in range(5)]
+    assert min(found) > 0.85, found
+
+
+CASES = {
+    "adam": {},
+    "growing": {"mu": Penalty(0.1, factor=1.5, every=4), "code_steps": 2},
+    "memory": {"memory": True, "decay": 0.9},
+}
+
+
+def trained(model, data, folder, epochs, resume=False, **options):
+    torch.manual_seed(1)
+    model = model()
+    method = AlternatingMinimization(**options)
+    hp.train(model, data, algorithm=method, epochs=epochs, run_dir=folder, resume=resume)
+    return [*model.parameters(), *model.buffers()], method
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", "norms"), ("growing", "dropout"), ("memory", "cnn")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, kind, tmp_path):
+    make, data = MODELS[kind]
+    data = [data() for _ in range(4)]
+    whole, _ = trained(make, data, tmp_path / "whole", 3, **CASES[name])
+    trained(make, data, tmp_path / "cut", 2, **CASES[name])
+    resumed, method = trained(make, data, tmp_path / "cut", 3, resume=True, **CASES[name])
+    assert all(map(torch.equal, resumed, whole))
+    assert method.state_dict()["steps"] == 12
+
+
+def test_checkpoints_hold_the_memories(tmp_path):
+    from safetensors.torch import load_file
+
+    _, method = trained(lambda: perceptron().float(), batches(), tmp_path, 1, memory=True)
+    (found,) = (tmp_path / "checkpoints").glob("*/*.safetensors")
+    stored = load_file(found)
+    memories = list(method._memories.values())
+    assert len(memories) == 2
+    for number, memory in enumerate(memories):
+        assert memory.a.any()
+        assert torch.equal(stored[f"extra.0.{number}.a"], memory.a)
+        assert torch.equal(stored[f"extra.0.{number}.b"], memory.b)
+
+
+REFUSED = {
+    "accumulate": {"accumulate": 2},
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "fused": {"fused": True},
+    "precision": {"precision": "bf16"},
+    "compile": {"compile": "eager"},
+    "warmup": {"warmup": 1, "epochs": 2},
+    "cosine_every": {"cosine_every": 1},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_cannot_be_honoured_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        hp.train(perceptron().float(), batches(), algorithm=AlternatingMinimization(), **REFUSED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory", 1),
+        ("proximal", None),
+        ("mu", 0),
+        ("mu", None),
+        ("mu", True),
+        ("code_steps", 0),
+        ("code_lr", -1.0),
+        ("weight_steps", 1.5),
+        ("decay", 0.0),
+        ("decay", 0.5),
+    ],
+)
+def test_bad_arguments_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        AlternatingMinimization(**{name: value})
+
+
+def test_it_has_to_be_prepared_for_the_chain():
+    batch = batches(1)[0]
+    chain = hp.Chain.from_model(perceptron().float(), batch)
+    method = AlternatingMinimization()
+    with pytest.raises(ValueError, match="prepare"):
+        method.step(chain, batch, torch.optim.AdamW(chain.parameters()))
+
+
+def test_autocast_around_a_step_is_refused():
+    batch = batches(1)[0]
+    chain = hp.Chain.from_model(perceptron().float(), batch)
+    method = AlternatingMinimization()
+    method.prepare(chain, batch)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="precision"):
+        method.step(chain, batch, torch.optim.AdamW(chain.parameters()))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_batch_that_is_not_finite_changes_nothing(memory):
+    good, bad = batches(2)
+    bad[0][0, 0] = float("inf")
+    model, twin = perceptron().float(), perceptron().float()
+    twin.load_state_dict(model.state_dict())
+    method = AlternatingMinimization(memory=memory)
+    with pytest.warns(TrainingWarning, match="skip"):
+        hp.train(model, [good, bad], algorithm=method, epochs=1, nonfinite="skip")
+    other = AlternatingMinimization(memory=memory)
+    hp.train(twin, [good], algorithm=other, epochs=1)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    own, expected = method.state_dict(), other.state_dict()
+    assert own["steps"] == expected["steps"] == 1
+    assert all(torch.equal(own["gains"][n], expected["gains"][n]) for n in own["gains"])
+    for one, same in zip(method._memories.values(), other._memories.values(), strict=True):
+        assert torch.equal(one.a, same.a)
+
+
+def test_batches_of_other_sizes_and_chains_of_blocks_are_taken():
+    """The last batch of an epoch is smaller; the chain may have been cut into blocks for another method."""
+    data = [*batches(2), *batches(1, rows=3)]
+    model, twin = perceptron().float(), perceptron().float()
+    twin.load_state_dict(model.state_dict())
+    hp.train(model, data, algorithm=AlternatingMinimization())
+    mixed = {0: AlternatingMinimization(), 1: BackPropagation()}
+    after = []
+
+    class Look(hp.Callback):
+        def on_epoch_end(self, run, metrics):
+            after.append([p.detach().clone() for p in twin.parameters()])
+
+    hp.train(twin, data, algorithm=mixed, epochs=2, callbacks=[Look()])
+    assert all(map(torch.equal, after[0], model.parameters()))
+
+
+def test_several_steps_of_the_optimiser_fit_the_layers_better():
+    """On one batch with its codes, the sum of the layers' terms is lower after ten steps than after one."""
+    batch = batches(1)[0]
+    found = []
+    for steps in (1, 10):
+        torch.manual_seed(0)
+        model = perceptron().float()
+        chain = hp.Chain.from_model(model, batch)
+        method = AlternatingMinimization(weight_steps=steps, mu=0.1)
+        method.prepare(chain, batch)
+        sweep = method._sweep(batch, 0.1)
+        sweep.encode()
+        with sweep.rest():
+            sweep.move()
+        method.step(chain, batch, torch.optim.Adam(model.parameters(), lr=1e-2))
+        run, loss = sweep.again(None)
+        terms = [(run.predictions[i] - sweep.codes[i]).square().sum() * 0.1 / 6 for i in sweep.links.coded]
+        found.append((loss + sum(terms)).item())
+    assert found[1] < found[0]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_memory_and_time_are_probed(memory):
+    model, batch = LeNet(), images()
+    chain = hp.Chain.from_model(model, batch, blocks=[""])
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    method = AlternatingMinimization(memory=memory)
+    peak, seconds = hp.probes.method(chain, [batch], method, repeats=2)
+    assert (peak.quantity, seconds.quantity) == ("memory", "time")
+    assert peak.value > 0 < seconds.value
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    kept = sum(b.nbytes for m in method._memories.values() for b in m.buffers())
+    weights = sum(p.nbytes for p in model.parameters())
+    state = sum(p.nbytes for p in (model.f2.parameters() if memory else model.parameters()))
+    assert memory == (kept > 0)
+    if memory:  # hidden layers have no state in the optimiser; whose step counters are 4 bytes each
+        assert peak.detail["base_bytes"] == weights + kept + 2 * state + 2 * 4 + batch[0].nbytes + batch[1].nbytes
+    assert peak.detail["extra_parameters"] == 0
+
+
+def test_the_default_loss_and_a_given_one_are_the_same():
+    data = batches()
+    found = []
+    for loss in (None, nn.CrossEntropyLoss()):
+        torch.manual_seed(0)
+        model = perceptron().float()
+        hp.train(model, data, algorithm=AlternatingMinimization(), loss=loss)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_a_loss_that_is_a_sum_is_refused():
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    with pytest.raises(ValueError, match="give a mean"):
+        hp.train(perceptron().float(), batches(), algorithm=AlternatingMinimization(), loss=loss)
+
+
+def test_small_batches_and_models_of_one_batch_size_are_taken():
+    hp.train(LeNet(norm=True), [images(2)], algorithm=AlternatingMinimization())
+    fixed = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Unflatten(0, (6, 1)), nn.Flatten(), nn.Linear(4, 3))
+    hp.train(fixed, batches(1, rows=6), algorithm=AlternatingMinimization())
