@@ -1,10 +1,13 @@
 """The auto-tuner: its trials, their count, what is never trained, what survives, and what comes of it."""
 
+import contextlib
 import copy
 import json
 import math
+import os
 import random
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,7 @@ from typer.testing import CliRunner
 import horizonplan as hp
 from horizonplan.cli import app
 from horizonplan.rows import Row
-from horizonplan.tuner import work
+from horizonplan.tuner import owner, work
 from horizonplan.tuner.ledger import MOST_DEATHS, VOID, Ledger
 from horizonplan.tuner.schedules import beats, label, to_train, undominated
 from horizonplan.tuner.storage import opened
@@ -322,12 +325,45 @@ def test_record_that_was_cut_off_costs_nothing_else(tune, tmp_path, torn):
     assert summary(tune(trials=3, storage=path)) == summary(after)
 
 
-def test_file_that_is_no_journal_is_refused_and_left_alone(tune, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("Dear diary,\nnothing happened.\n")
-    with pytest.raises(ValueError, match=r"notes\.txt.*no journal"):
-        tune(storage=path)
-    assert path.read_text() == "Dear diary,\nnothing happened.\n"
+def sqlite(path):
+    """A database with line ends among its bytes."""
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        base.execute("create table t(a)")
+        base.executemany("insert into t values (?)", [(f"row {i}\nnote",) for i in range(300)])
+        base.commit()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"Dear diary,\nnothing happened.\n",
+        b"my only notes, no line end",
+        b'{"lr": 0.1}',
+        b'{"epoch": 1}\n{"epoch": 2}\n{"epo',
+        b'{"op_code": 0} and more\n',
+        sqlite,
+    ],
+)
+def test_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "study.db"
+    text(path) if callable(text) else path.write_bytes(text)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"study\.db.*no journal"), opened(path):
+        pass
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 11, 30])
+def test_journal_whose_first_record_was_cut_off_is_one(tmp_path, length):
+    path = tmp_path / "study.log"
+    with opened(path) as storage:
+        optuna.create_study(storage=storage, study_name="s")
+    path.write_bytes(path.read_bytes().partition(b"\n")[0][:length])
+    with opened(path) as storage:
+        assert optuna.get_all_study_names(storage) == []
+        optuna.create_study(storage=storage, study_name="s")
+    with opened(path) as storage:
+        assert optuna.get_all_study_names(storage) == ["s"]
 
 
 def ledger(path, total):
@@ -353,6 +389,18 @@ def test_trial_of_a_dead_owner_is_made_again_until_it_has_failed(tmp_path):
         assert last.settled()
         (trial,) = last.begun()
     assert "died 3 times" in trial.user_attrs["found"]["reason"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="tells namespaces apart by /proc")
+@pytest.mark.parametrize(
+    "where", [lambda: os.readlink("/proc/self/ns/pid"), lambda: Path("/proc/sys/kernel/random/boot_id").read_text()]
+)
+def test_process_number_says_nothing_in_another_container_or_after_a_reboot(where):
+    me = owner.begin()
+    assert not owner.dead(me)
+    owner.end(me)
+    assert owner.dead(me)
+    assert not owner.dead(me.replace(where().strip(), "another"))
 
 
 def test_trial_of_a_living_owner_is_left_to_it(tmp_path):
