@@ -10,7 +10,9 @@ from typing import Any
 
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from horizonplan.objective import evaluate
 from horizonplan.plan import Plan
+from horizonplan.rows import Row
 from horizonplan.tuner.ledger import FOUND
 from horizonplan.tuner.proposals import RATE, SCHEDULE, WARMUP, Proposal, Proposals
 from horizonplan.tuner.schedules import label
@@ -31,7 +33,7 @@ class Study:
         setting: what they have in common: ``setting.plan``, whose schedules were tried; ``setting.limit_bytes``, what a
             step may need; ``setting.clock``, where the seconds come from that trials are weighed by: ``"planned"``, the
             plan's, alike for all machines and however many trials run side by side; or ``"measured"``, each trial's
-            own, where ``space`` may change the model, or the plan knows no seconds.
+            own, where ``space`` or ``options`` may change what a step takes, or the plan knows no seconds.
     """
 
     trials: tuple[Trial, ...]
@@ -73,7 +75,8 @@ class Study:
     def plan_of(self, trial: Trial) -> Plan:
         """The plan with a trial's schedule; its memory is what the trial measured, if that was of this and this alone.
 
-        It was not if ``space`` may have changed the model, or the trial began with other horizons.
+        It was not if ``space`` or ``options`` may have changed what a step takes, or the trial began with other
+        horizons. What the row costs, and whether it is feasible, is judged by that memory.
         """
         if trial not in self.trials:
             raise ValueError(f"trial {trial.number} is none of this study's.")
@@ -84,8 +87,12 @@ class Study:
         note += "".join(f", {name} {value:.4g}" for name, value in trial.metrics.items()) + "."
         alone = self.setting.clock == "planned" and not trial.params.get(WARMUP)
         if trial.state == "finished" and trial.memory_bytes and alone:
-            seen = replace(row, memory_bytes=trial.memory_bytes, memory_source="measured")
-            rows, row = tuple(seen if one == row else one for one in rows), seen
+            place = rows.index(row)
+            measured = with_measured_bytes(row, trial.memory_bytes)
+            seen = evaluate(
+                [*rows[:place], measured, *rows[place + 1 :]], self.setting.plan.objective, self.setting.plan.cost
+            )
+            rows, row = (*rows[:place], seen[place], *rows[place + 1 :]), seen[place]
         return replace(self.setting.plan, row=row, rows=rows, notes=(note, *self.setting.plan.notes))
 
     def options(self, trial: Trial | None = None) -> dict[str, Any]:
@@ -150,6 +157,24 @@ class Study:
     def save(self, path: str | Path) -> None:
         """Write the study as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def with_measured_bytes(row: Row, memory_bytes: int) -> Row:
+    """The row with the measured peak of a step that ran; what the device needs besides stays what it was.
+
+    Where the table's memory is what the device needs, of which tensors say nothing, the row is left as it is.
+    """
+    if row.device_bytes is not None and row.device_bytes <= row.memory_bytes:
+        return row
+    device_bytes = None if row.device_bytes is None else row.device_bytes - row.memory_bytes + memory_bytes
+    return replace(
+        row,
+        memory_bytes=memory_bytes,
+        memory_source="measured",
+        nvml_bytes=None,
+        device_bytes=device_bytes,
+        fits=None if row.fits is None else True,
+    )
 
 
 def read(trial: FrozenTrial, rows: Mapping[str, Any]) -> Trial | None:
