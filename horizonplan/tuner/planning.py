@@ -65,7 +65,7 @@ class Asked:
         return min((limit for limit in known if limit is not None), default=None)
 
     def _place(self) -> torch.device | None:
-        """Where trials train, on no card that is made up; ``None``: where no tensor is, for a model without any."""
+        """The device that trials train on; ``None``: the model has no parameters to tell."""
         if self.device is not None:
             return torch.device(self.device)
         if not torch.cuda.is_available():

@@ -97,7 +97,7 @@ def tune_horizon(
             A model of other sizes is predicted before it is trained; it has to have the blocks that were planned for.
         schedules: how many of the plan's schedules to try, at most.
         memory_limit: what a step may need, bytes or ``"24GiB"``. What is predicted to need more is never trained.
-            ``None``: the objective's limit, or an emulated or CUDA device's memory, if there is one.
+            ``None``: the objective's limit, or the memory of an emulated card or of the CUDA device trained on.
         workers: trials side by side, each in a process, which share this machine's device and cores; 0: none.
         prune: end a trial after an epoch in which its metric is worse than the median of at least three finished
             trials with schedules that need no more memory and time.
@@ -149,7 +149,7 @@ def tune_horizon(
     asked.check_metric(metric)
     settings = {"metric": metric, "higher_is_better": higher, "epochs": epochs, "seed": seed, "schedules": schedules}
     settings |= {"optimizer": asked.proposals.optimizer, "learning_rates": learning_rates, "space": space}
-    settings |= {"max_warmup": asked.proposals.warmup, "prune": prune, "options": asked.options}
+    settings |= {"max_warmup": asked.proposals.warmup, "prune": prune, "options": asked.options, **asked.how}
     directions: list[Direction] = ["minimize", "maximize" if higher else "minimize", "minimize"]
     with opened(storage) as kept:
         study, record = join(kept, name, directions, partial(asked.record, settings))
