@@ -23,7 +23,7 @@ from horizonplan.settle import Settled
 from horizonplan.weigh import best
 
 NO_ROOM = (
-    "No candidate could be run within rollout_budget={:g} steps of back-propagation: h was chosen by the cosine. Give "
+    "No candidate could be run within rollout_budget={:g} steps of back-propagation: the choice is by the cosine. Give "
     "more of it."
 )
 
@@ -47,7 +47,10 @@ class Rollouts:
         """Of what is missing; losses of the initial weights are back-propagation's."""
         pair = who or (self.depth, 1)
         price = self._cost(pair) * self.runs.missing(pair, steps, order)
-        return price if who else price + self._forward * self.runs.unseen(_last(steps), order)
+        if who:
+            return price
+        halfway = self.runs.unseen(_last(steps // 2), 0) if steps > 1 and not order else 0  # where rates are compared
+        return price + self._forward * (self.runs.unseen(_last(steps), order) + halfway)
 
     def advance(self, who: Pair | None, steps: int, order: int) -> Sequence[float]:
         """Run; back-propagation's run computes the initial weights' losses too."""
@@ -87,14 +90,15 @@ def decide_by_rollouts(
     judge, rows = found.judge, found.rows
     outcome = probing.raced(lambda way: _race(probing, judge, rows, stream, steps, budget, seed, way))
     if outcome is None or (outcome.rivals and not outcome.exact_fell):
-        chosen = choose_horizon(rows, judge.objective, judge.price(rows))
+        price = judge.price(rows)
+        chosen = best(rows, judge) if judge.beside else choose_horizon(rows, judge.objective, price)
         rows, chosen = judge.swapped(rows, chosen, with_derived_rate(chosen))
         told = NO_FALL if outcome and outcome.steps else NO_ROOM.format(budget)
         return Decision(rows, chosen, (told,) if outcome else ())
     rated = judge.judged([_rated(row, outcome) for row in rows])
     chosen = best(rated, judge) if judge.beside else choose_rated(rated, judge.objective, judge.price(rated))
     rolled = tuple(_samples(outcome))
-    return Decision(rated, chosen, tuple(_notes(outcome, chosen, rated, budget)), rolled)
+    return Decision(rated, chosen, tuple(_notes(outcome, chosen, rated, steps, budget)), rolled)
 
 
 def best_rated(rows: Sequence[Row], failed: Row, judge: Judge) -> Row | None:
@@ -126,6 +130,7 @@ def _race(
     way: Frugal,
 ) -> Outcome:
     runs = Runs(probing.chain, stream, probing.optimizer, seed, way.recompute, way.micro_batches)
+    runs.check_parts()
     track, price, candidates = Rollouts(probing, runs, way), judge.price(rows), contenders(rows)
     weighed = [row for row in rows if not row.reference and row.fits is not False and (_runs(row) or row.exact)]
 
@@ -187,15 +192,16 @@ def _samples(outcome: Outcome) -> list[Sample]:
     ]
 
 
-def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], budget: float) -> list[str]:
+def _notes(outcome: Outcome, chosen: Row, rows: Sequence[Row], steps: int, budget: float) -> list[str]:
     if not outcome.steps:
         return ["No rollout was needed: no candidate's rate could change the choice."]
     ran = [s for s in outcome.standings.values() if s.steps or s.diverged]
     far = [s for s in ran if s.steps == outcome.steps]
+    fewer = f" of {steps}" if outcome.steps < steps else ""
     told = [
         f"Rates were measured by rollouts: {len(ran)} of {len(outcome.standings)} candidates ran, {len(far)} of them "
-        f"{outcome.steps} steps. Where a rate is marked as predicted its run was shorter, and the lower end of what is "
-        "expected of it is shown."
+        f"{outcome.steps}{fewer} steps. Where a rate is marked as predicted its run was shorter, and the lower end of "
+        "what is expected of it is shown."
     ]
     pair = chosen.horizon, chosen.stride
     others = [who for who in outcome.rivals if who != pair]

@@ -50,7 +50,10 @@ class MicroBatch:
         """The answer in plain words."""
         needed, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         if not self.samples:
-            return f"Not even micro-batches of one sample fit {limit}: a step needs {needed}."
+            return (
+                f"Not even micro-batches of one sample fit {limit}: a step needs {needed}. Try recompute=1, or look at "
+                "all that there is: plan_horizon(candidates='all')."
+            )
         if self.parts == 1:
             return f"The batch of {self.batch_size} samples fits {limit} as it is: a step needs {needed}."
         return (
@@ -106,7 +109,7 @@ def largest_micro_batch(
     refuse_wrappers(model)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     with training_mode(model):
-        first = move(resized(batch, min(count, SMALL[-1])), place)
+        first = move(resized(batch, min(count, SMALL[1])), place)
         chain = Chain.from_model(model, first, blocks, loss, compute_loss, projection)
         schedule = Schedule.horizon(chain.depth, chain.depth if horizon is None else horizon, stride, recompute)
 
@@ -119,14 +122,14 @@ def largest_micro_batch(
 def _search(
     measured: Callable[[int], Profile], schedule: Schedule, count: int, batch_bytes: int, limit_bytes: int
 ) -> MicroBatch:
-    small, large = (measured(min(count, samples)) for samples in SMALL)
-    standing = large.base_bytes - round(batch_bytes * min(count, SMALL[-1]) / count)
+    sizes = SMALL if count >= SMALL[1] else (1, min(count, 2))
+    small, large = (measured(samples) for samples in sizes)
+    standing = large.base_bytes - round(batch_bytes * sizes[1] / count)
 
     def needed(parts: int, piece: Profile | None = None) -> int:
         """Bytes of a step in so many parts, of which the largest has ``piece``'s profile."""
         samples = -(-count // parts)
         if piece is None:
-            sizes = min(count, SMALL[0]), min(count, SMALL[1])
             piece = large if sizes[0] == sizes[1] else at_batch_size(small, large, sizes, samples)
         whole = replace(piece, base_bytes=standing + batch_bytes)
         return step_bytes(schedule, whole) if parts == 1 else accumulated_bytes(schedule, whole, piece)

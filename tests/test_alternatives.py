@@ -18,6 +18,7 @@ from horizonplan.batch import batch_size
 from horizonplan.candidates import schedule_of
 from horizonplan.frontier import dominates
 from horizonplan.precision import autocast
+from horizonplan.probes.pieces import check_pieces
 from horizonplan.probes.steady import optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes
 
@@ -131,6 +132,37 @@ def test_parts_that_have_another_gradient_are_not_called_exact(norm, message):
     assert all((row.rate, row.cosine, row.feasible) == (None, None, False) for row in parts)
     assert any("not the exact gradient" in note and message in note for note in plan.notes)
     assert plan.micro_batches == 1
+
+
+class Tied(nn.Module):
+    """As GPT-2 begins: small weights, tied ones, so that the loss of every token is about ln V."""
+
+    def __init__(self, words=50, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(width, words, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("valid", [[8, 8, 8, 8], [8, 7, 1, 2]])
+def test_a_mean_over_valid_tokens_is_seen_through_although_all_losses_are_alike(valid):
+    torch.manual_seed(0)
+    ids, words = torch.randint(0, 50, (2, 4, 8))
+    for row, count in enumerate(valid):
+        words[row, count:] = -100
+    chain = hp.Chain.from_model(Tied(), (ids, words), loss=lambda o, t: nn.functional.cross_entropy(o.mT, t))
+    if len(set(valid)) == 1:
+        return check_pieces(chain, (ids, words), 2)
+    with pytest.raises(ValueError, match="gradient at the head differs by"):
+        check_pieces(chain, (ids, words), 2)
 
 
 OBJECTIVES = {

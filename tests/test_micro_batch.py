@@ -72,6 +72,18 @@ def test_small_batches_need_no_lines(samples):
     assert (found.samples, found.parts) == (samples, 1)
 
 
+@pytest.mark.parametrize("samples", [2, 3])
+def test_small_batches_are_split_too(samples):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+    batch = torch.randn(samples, 2048, 8), torch.randn(samples, 2048, 3)
+    schedule = hp.Schedule.exact(4)
+    sizes = [seen_bytes(model, batch, schedule, parts) for parts in range(1, samples + 1)]
+    assert sizes == sorted(sizes, reverse=True)
+    for parts, size in enumerate(sizes, 1):
+        found = hp.largest_micro_batch(model, batch, size)
+        assert (found.parts, found.predicted_bytes) == (parts, pytest.approx(size, abs=8))  # a scalar or two
+
+
 def test_a_batch_without_samples_is_refused():
     with pytest.raises(ValueError, match="share no first dimension"):
         hp.largest_micro_batch(nn.Linear(2, 2), (torch.zeros(3, 2), torch.zeros(4, 2)), "1GiB")

@@ -227,14 +227,15 @@ def test_plan_of_a_trial_is_judged_by_what_it_measured(tune, plan):
         replace(row, memory_bytes=4 * row.memory_bytes, device_bytes=4 * row.memory_bytes + 1000, fits=False)
         for row in plan.rows
     )
-    stale = {"fits": True, "nvml_bytes": 7, "cost": -1.0, "feasible": False}
-    rows = (replace(rows[plan.rows.index(plan.row)], **stale), *rows)
+    chosen = rows[plan.rows.index(plan.row)]
+    stale = {"fits": True, "nvml_bytes": chosen.device_bytes, "cost": -1.0, "feasible": False}
+    rows = (replace(chosen, **stale), *rows)
     study = tune(trials=1, plan=replace(plan, rows=rows, row=rows[0]), schedules=1)
     (trial,) = study.trials
     row = study.plan.row
     assert row in study.plan.rows
-    assert (row.memory_bytes, row.memory_source, row.nvml_bytes) == (trial.memory_bytes, "measured", None)
-    assert (row.device_bytes, row.fits) == (trial.memory_bytes + 1000, True)
+    assert (row.memory_bytes, row.memory_source) == (trial.memory_bytes, "measured")
+    assert (row.device_bytes, row.nvml_bytes, row.fits) == (trial.memory_bytes + 1000, trial.memory_bytes + 1000, True)
     assert (row.cost, row.feasible) == (float(plan.cost(trial.memory_bytes)), True)
 
 
@@ -839,7 +840,7 @@ def test_killed_study_loses_no_finished_trial(tmp_path, workers):
 
 @pytest.mark.slow
 def test_two_processes_share_a_database():
-    with postgresql() as url:
+    with postgresql() as (url, _):
         both = [started(url, 6, 1) for _ in range(2)]
         outputs = [process.communicate(timeout=300) for process in both]
         assert [output.strip() for output, _ in outputs] == ["6", "6"], outputs

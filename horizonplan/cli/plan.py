@@ -27,7 +27,8 @@ MEMORY = "What counts: allocated, bytes of tensors; or nvml, what the card needs
 PROBE_STEPS = "What measuring may cost, in steps of back-propagation; short runs apart."
 ROLLOUT_STEPS = "Steps of the short runs that measure rates; 0: none. Default: 50, with --accuracy rollout 128."
 ACCURACY = "Where rates come from: cosine, and short runs for the stride; or rollout, short runs for all that may win."
-ROLLOUT_BUDGET = "With --accuracy rollout: what the runs may take, in steps of back-propagation."
+BUDGET = 800.0
+ROLLOUT_BUDGET = f"With --accuracy rollout: what the runs may take, in steps of back-propagation. Default: {BUDGET:g}."
 SERVER = "Address of `horizonplan serve`: measure here, have the choice made there. Key: HORIZONPLAN_KEY."
 CANDIDATES = "horizons; or all: checkpointing, micro-batches and bf16 may be chosen too."
 TIME = "Objective: the least seconds to the loss of STEPS steps of back-propagation; --memory-limit holds too."
@@ -55,7 +56,7 @@ def plan(
     strides: Annotated[str, Option(help="Strides to weigh; horizon: disjoint windows.")] = "1,horizon",
     rollout_steps: Annotated[int | None, Option(help=ROLLOUT_STEPS)] = None,
     accuracy: Annotated[str, Option(help=ACCURACY)] = "cosine",
-    rollout_budget: Annotated[float, Option(help=ROLLOUT_BUDGET)] = 800,
+    rollout_budget: Annotated[float | None, Option(help=ROLLOUT_BUDGET)] = None,
     batches: Annotated[int, Option(help="Batches to measure cosines on.")] = 4,
     batch_size: opt.BatchSize = None,
     blocks: opt.Blocks = None,
@@ -88,6 +89,8 @@ def plan(
     opt.exclude(epsilon=epsilon, lam=lam, memory_limit=memory_limit)
     places = None if horizons is None else [_number("--horizons", part) for part in horizons.split(",")]
     steps = [part if part == "horizon" else _number("--strides", part) for part in strides.split(",")]
+    if rollout_budget is not None and accuracy != "rollout":
+        raise typer.BadParameter("--rollout-budget is for --accuracy rollout; give both, or neither")
     _have_folders(out, plot, plot_frontier)
     _for_simulated(device, cosine_from=cosine_from, calibration=calibration)
     _for_server(server, device, candidates, time_to_loss or money_to_loss or card)
@@ -107,7 +110,7 @@ def plan(
             strides=steps,
             rollout_steps=rollout_steps,
             accuracy=accuracy,
-            rollout_budget=rollout_budget,
+            rollout_budget=BUDGET if rollout_budget is None else rollout_budget,
             horizons=places,
             batches=batches,
             optimizer=load_optimizer(optimizer, lr),
@@ -124,9 +127,9 @@ def plan(
         except ServiceError:
             _hand_over(made, out, plot, json)  # what was measured is not lost
             raise
+    _hand_over(made, out, plot, json)
     if plot_frontier is not None:
         made.plot_frontier(plot_frontier)
-    _hand_over(made, out, plot, json)
 
 
 def _cost(unit_cost: float, node_memory: str | None, ladder: bool, cards: list[str], prices: list[float]) -> Cost:
@@ -138,7 +141,13 @@ def _cost(unit_cost: float, node_memory: str | None, ladder: bool, cards: list[s
     if prices and len(prices) != len(cards):
         raise typer.BadParameter(f"{len(prices)} --price for {len(cards)} --card; give one for each, in order")
     known: list[float | None] = [*prices] or [None] * len(cards)
-    return MixedNodes([Card(name, price=price) for name, price in zip(cards, known, strict=True)])
+    try:
+        found = [Card(name, price=price) for name, price in zip(cards, known, strict=True)]
+    except ValueError as error:
+        raise ValueError(f"--card: {error} Here: --node-memory, --unit-cost and --ladder.") from error
+    if unpriced := [card.name for card in found if card.price is None]:
+        raise ValueError(f"--card {unpriced[0]}: no price is known of it; give --price, one for each --card")
+    return MixedNodes(found)
 
 
 def _judged_there(server: str, made: Plan, objective: Objective, cost: Cost) -> Plan:

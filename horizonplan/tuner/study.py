@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from horizonplan.candidates import with_measured_bytes
 from horizonplan.objective import evaluate
 from horizonplan.plan import Plan
 from horizonplan.rows import Row
@@ -86,13 +87,13 @@ class Study:
         note += f", trained with {', '.join(told)}" if told else ""
         note += "".join(f", {name} {value:.4g}" for name, value in trial.metrics.items()) + "."
         alone = self.setting.clock == "planned" and not trial.params.get(WARMUP)
-        if trial.state == "finished" and trial.memory_bytes and alone:
+        if trial.state == "finished" and trial.memory_bytes and alone and not _counts_for_the_device(row):
             place = rows.index(row)
-            measured = with_measured_bytes(row, trial.memory_bytes)
-            seen = evaluate(
-                [*rows[:place], measured, *rows[place + 1 :]], self.setting.plan.objective, self.setting.plan.cost
-            )
-            rows, row = (*rows[:place], seen[place], *rows[place + 1 :]), seen[place]
+            seen = with_measured_bytes(row, trial.memory_bytes)
+            seen = replace(seen, fits=None if row.fits is None else True)  # it ran
+            table = [*rows[:place], seen, *rows[place + 1 :]]
+            row = evaluate(table, self.setting.plan.objective, self.setting.plan.cost)[place]
+            rows = (*rows[:place], row, *rows[place + 1 :])
         return replace(self.setting.plan, row=row, rows=rows, notes=(note, *self.setting.plan.notes))
 
     def options(self, trial: Trial | None = None) -> dict[str, Any]:
@@ -159,22 +160,9 @@ class Study:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def with_measured_bytes(row: Row, memory_bytes: int) -> Row:
-    """The row with the measured peak of a step that ran; what the device needs besides stays what it was.
-
-    Where the table's memory is what the device needs, of which tensors say nothing, the row is left as it is.
-    """
-    if row.device_bytes is not None and row.device_bytes <= row.memory_bytes:
-        return row
-    device_bytes = None if row.device_bytes is None else row.device_bytes - row.memory_bytes + memory_bytes
-    return replace(
-        row,
-        memory_bytes=memory_bytes,
-        memory_source="measured",
-        nvml_bytes=None,
-        device_bytes=device_bytes,
-        fits=None if row.fits is None else True,
-    )
+def _counts_for_the_device(row: Row) -> bool:
+    """Whether the table's memory is what the device needs in all, of which the tensors of a trial say nothing."""
+    return row.device_bytes is not None and row.device_bytes <= row.memory_bytes
 
 
 def read(trial: FrozenTrial, rows: Mapping[str, Any]) -> Trial | None:
