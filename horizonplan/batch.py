@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -260,6 +261,18 @@ def take(data: Iterable[Any], count: int, device: torch.device | None = None) ->
     if not found:
         raise ValueError("data has no batches: give at least one.")
     return found
+
+
+@contextmanager
+def own_generator(loader: Any) -> Iterator[None]:
+    """A loader's own generator, if it has one, brought back afterwards, so that the next pass has the same order."""
+    own = getattr(loader, "generator", None)
+    state = None if own is None else own.get_state()
+    try:
+        yield
+    finally:
+        if own is not None:
+            own.set_state(state)
 
 
 def _is_empty(data: Any) -> bool:

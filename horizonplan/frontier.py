@@ -18,6 +18,16 @@ from collections.abc import Iterable, Sequence
 from horizonplan.rows import Row
 
 
+def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether all numbers are at most the other's, and one is less.
+
+    >>> beats((1, 2), (1, 3)), beats((1, 2), (1, 2)), beats((1, 4), (2, 3))
+    (True, False, False)
+    """
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
 def dominates(one: Row, other: Row) -> bool:
     """Whether ``one`` is no worse than ``other`` in memory, time and rate, and better in one of them.
 
@@ -29,7 +39,7 @@ def dominates(one: Row, other: Row) -> bool:
     mine, others = _point(one), _point(other)
     if mine is None or others is None or _certain(one) < _certain(other):
         return False
-    return mine != others and all(a <= b for a, b in zip(mine, others, strict=True))
+    return beats(mine, others)
 
 
 def frontier(rows: Iterable[Row]) -> tuple[Row, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from horizonplan.algorithms import Algorithm
-from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes
+from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes, own_generator
 from horizonplan.candidates import Room
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, seeded, training_mode
@@ -146,14 +146,14 @@ def plan_horizon(
         if accuracy != "cosine" or methods:
             name = "methods" if methods else "accuracy='rollout'"
             raise ValueError(f"{name}: nothing can be run on a simulated device; leave it out.")
-        with _own_generator(loader), seeded(seed, rng_devices(model)):
+        with own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
     if cosine_from is not None:
         raise ValueError("cosine_from is for simulated devices: on this one cosines are measured; leave it out.")
     report, started = reporter(progress, total=5 if methods else 4), time.perf_counter()
     with (
         _moved(model, card, device) as place,
-        _own_generator(loader),
+        own_generator(loader),
         seeded(seed, [place.index or 0] if place.type == "cuda" else []),
         training_mode(model),
         nullcontext() if card is None else Budget(card.memory_bytes) as budget,
@@ -305,18 +305,6 @@ def _node_bytes(place: torch.device, card: Card | None) -> int | None:
     if card is not None:
         return card.memory_bytes
     return int(torch.cuda.get_device_properties(place).total_memory) if place.type == "cuda" else None
-
-
-@contextmanager
-def _own_generator(loader: Iterable[Any]) -> Iterator[None]:
-    """A loader's own generator brought back."""
-    own = getattr(loader, "generator", None)
-    state = None if own is None else own.get_state()
-    try:
-        yield
-    finally:
-        if own is not None:
-            own.set_state(state)
 
 
 @contextmanager

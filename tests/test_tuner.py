@@ -1,10 +1,14 @@
 """The auto-tuner: its trials, their count, what is never trained, what survives, and what comes of it."""
 
+import contextlib
 import copy
+import itertools
 import json
 import math
+import os
 import random
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -12,6 +16,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -21,14 +26,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from postgresql import postgresql
 from torch import nn
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import horizonplan as hp
 from horizonplan.cli import app
 from horizonplan.rows import Row
-from horizonplan.tuner import work
+from horizonplan.tuner import owner, work
 from horizonplan.tuner.ledger import MOST_DEATHS, VOID, Ledger
-from horizonplan.tuner.schedules import beats, label, to_train, undominated
+from horizonplan.tuner.planning import Asked
+from horizonplan.tuner.proposals import Proposals
+from horizonplan.tuner.schedules import contenders, label, to_train
 from horizonplan.tuner.storage import opened
 from horizonplan.tuner.trial import pareto
 
@@ -133,10 +141,47 @@ def test_same_seed_same_trials(tune):
     assert summary(first)[:6] != summary(other)
 
 
-def test_broken_off_study_goes_on_as_if_it_had_not_been(tune, tmp_path):
-    for trials in (1, 5, 5, 12, 3):
-        study = tune(trials=trials, storage=tmp_path / "study.log")
-    assert summary(study) == summary(tune(trials=12))
+def test_broken_off_study_goes_on_as_if_it_had_not_been(tune, tmp_path, monkeypatch):
+    """Between trials, and in the sixth and the ninth."""
+    for trials in (1, 5, 5):
+        tune(trials=trials, storage=tmp_path / "study.log")
+    for before in (0, 3):
+        with monkeypatch.context() as broken:
+            broken.setattr(work, "train", interrupted(before))
+            with pytest.raises(KeyboardInterrupt):
+                tune(trials=12, storage=tmp_path / "study.log")
+    study = tune(trials=12, storage=tmp_path / "study.log")
+    assert summary(tune(trials=3, storage=tmp_path / "study.log")) == summary(study)
+    assert [one[1:] for one in summary(study)] == [one[1:] for one in summary(tune(trials=12))]
+
+
+def interrupted(after):
+    """Training that is broken off after so many runs."""
+    runs = itertools.count()
+
+    def train(*given, **options):
+        if next(runs) == after:
+            raise KeyboardInterrupt
+        return hp.train(*given, **options)
+
+    return train
+
+
+@pytest.mark.parametrize("dies", [1, 3])
+def test_owner_that_dies_in_a_trial_changes_no_draw(tmp_path, dies):
+    def make(one, count):
+        for _ in range(count):
+            trial, value = one.take(draw)
+            one.finish(trial, work.Found(state="finished"), (value, 0.0, 0.0))
+
+    with ledger(tmp_path / "whole", total=5) as one:
+        make(one, 5)
+    with ledger(tmp_path / "broken", total=5) as first:
+        make(first, dies)
+        first.take(draw)
+    with ledger(tmp_path / "broken", total=5) as second:
+        make(second, 5 - dies)
+    assert [t.params for t in second.begun()] == [t.params for t in one.begun()]
 
 
 def test_resume_needs_no_plan_and_refuses_other_settings(tune, plan, tmp_path):
@@ -146,9 +191,52 @@ def test_resume_needs_no_plan_and_refuses_other_settings(tune, plan, tmp_path):
     for changed in ({"epochs": 3}, {"metric": "accuracy"}, {"learning_rates": (1e-3, 1e-2)}, {"schedules": 2}):
         with pytest.raises(ValueError, match=next(iter(changed))):
             tune(**changed, **there)
+    others = {
+        "optimizer": torch.optim.SGD,
+        "prune": False,
+        "options": {"max_grad_norm": 1.0},
+        "space": tuner_job.decays,
+    }
+    for name, value in {**others, "higher_is_better": True}.items():
+        with pytest.raises(ValueError, match=f"^{name}="):
+            tune(trials=3, **{name: value}, **there)
     with pytest.raises(ValueError, match="plan: the study"):
         tune(plan=replace(plan, notes=("another",)), **there)
     assert len(tune(trials=1, epochs=3, name="another", **there).trials) == 1
+
+
+def test_study_of_a_plan_with_a_limit_is_resumed_without_the_plan(tune, plan, tmp_path):
+    limit = max(row.memory_bytes for row in plan.rows) + 1
+    there = {"storage": tmp_path / "study.log"}
+    tune(trials=1, plan=replace(plan, objective=hp.MemoryLimit(limit)), **there)
+    study = tune(trials=2, plan=None, **there)
+    assert (study.setting.limit_bytes, len(study.trials)) == (limit, 2)
+
+
+@pytest.mark.parametrize("given", [{"space": tuner_job.accumulates}, {"options": {"accumulate": 2}}])
+def test_where_a_step_may_be_another_the_trials_own_seconds_and_no_memory_of_theirs_count(tune, plan, given):
+    study = tune(trials=3, max_warmup=0, schedules=1, **given)
+    assert study.setting.clock == "measured"
+    assert [trial.values[2] for trial in study.trials] == [trial.step_seconds for trial in study.trials]
+    assert {study.plan_of(trial).row for trial in study.trials} == {plan.row}
+
+
+def test_plan_of_a_trial_is_judged_by_what_it_measured(tune, plan):
+    """Oracle: the objective's own evaluation; the device's own needs, 1000 bytes, stay."""
+    rows = tuple(
+        replace(row, memory_bytes=4 * row.memory_bytes, device_bytes=4 * row.memory_bytes + 1000, fits=False)
+        for row in plan.rows
+    )
+    chosen = rows[plan.rows.index(plan.row)]
+    stale = {"fits": True, "nvml_bytes": chosen.device_bytes, "cost": -1.0, "feasible": False}
+    rows = (replace(chosen, **stale), *rows)
+    study = tune(trials=1, plan=replace(plan, rows=rows, row=rows[0]), schedules=1)
+    (trial,) = study.trials
+    row = study.plan.row
+    assert row in study.plan.rows
+    assert (row.memory_bytes, row.memory_source) == (trial.memory_bytes, "measured")
+    assert (row.device_bytes, row.nvml_bytes, row.fits) == (trial.memory_bytes + 1000, trial.memory_bytes + 1000, True)
+    assert (row.cost, row.feasible) == (float(plan.cost(trial.memory_bytes)), True)
 
 
 @pytest.mark.parametrize(("harm", "words"), [("raises", "a bug in the model"), ("runs_out", "out of memory")])
@@ -171,7 +259,7 @@ def test_trial_that_runs_out_of_an_emulated_cards_memory_has_failed(tune, plan):
 
 
 def test_what_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
-    sizes = sorted(row.memory_bytes for row in undominated(plan.rows))
+    sizes = sorted(row.memory_bytes for row in to_train(plan, len(plan.rows), None).values())
     limit = sizes[len(sizes) // 2]
     study = tune(trials=14, memory_limit=limit, max_warmup=0)
     assert len(trained) == 14
@@ -206,6 +294,76 @@ def test_model_of_another_size_is_predicted_before_it_is_trained(tune, trained):
         assert (trial.state == "pruned") == (trial.params["width"] == 256) == (not trial.feasible)
     assert {model.stem.out_features for model, _ in trained} == {8}
     assert all(trial.memory_bytes > limit and "not trained" in trial.reason for trial in study.trials if trial.reason)
+
+
+def in_parts(plan, most):
+    """The plan with its row of that many micro-batches, and nothing recomputed, chosen."""
+    return replace(plan, row=next(row for row in plan.rows if (row.micro_batches, row.recompute) == (most, 0)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"micro_batches": 8},
+        {"micro_batches": 2, "train": {"accumulate": 3}},
+        {"train": {"accumulate": 4}},
+        {"train": {"precision": "bf16"}},
+    ],
+    ids=str,
+)
+def test_step_in_parts_or_another_precision_is_predicted_as_it_is_made(tune, plan, given):
+    """Oracle: the tracked peak of the trial itself, a model's of a wider kind."""
+    chosen = in_parts(plan, given.get("micro_batches", 1))
+
+    def space(trial):
+        return {"model": {"width": 64}, "train": given.get("train", {})}
+
+    how = {"plan": chosen, "schedules": 1, "max_warmup": 0, "model": tuner_job.maker, "space": space, "trials": 1}
+    (seen,) = tune(**how).trials
+    (fitting,) = tune(**how, memory_limit=round(1.03 * seen.memory_bytes)).trials
+    assert (fitting.state, fitting.memory_bytes) == ("finished", seen.memory_bytes)
+    (pruned,) = tune(**how, memory_limit=round(0.97 * seen.memory_bytes)).trials
+    assert pruned.state == "pruned"
+    assert pruned.memory_bytes == pytest.approx(seen.memory_bytes, rel=0.03)
+
+
+def test_trial_whose_warm_up_is_predicted_sees_the_data_in_their_order(plan):
+    """A loader's own generator is where it was: a trial is repeated by training with its options."""
+
+    def data():
+        own = torch.Generator().manual_seed(5)
+        return DataLoader(tuner_job.dataset(), batch_size=8, shuffle=True, generator=own)
+
+    row = next(row for row in plan.rows if row.horizon == tuner_job.DEPTH and row.plain)
+    how = {"val_data": tuner_job.dataset(32), "epochs": 2, "progress": False}
+    given = {"plan": replace(plan, row=row), "trials": 4, "schedules": 1, "max_warmup": 1, "memory_limit": "1GiB"}
+    study = hp.tune_horizon(tuner_job.model(), data(), workers=0, prune=False, **given, **how)
+    assert {trial.params["warmup"] for trial in study.trials} == {0, 1}
+    for trial in study.trials:
+        result = hp.train(tuner_job.model(), data(), **how, **study.options(trial))
+        assert result.val_metrics == trial.metrics
+
+
+def test_memory_of_the_card_that_the_model_is_on_is_the_limit(plan, monkeypatch):
+    """There need not be a card here: the model says that it is on one, and torch how large that is."""
+
+    class Elsewhere(nn.Module):
+        def parameters(self, recurse=True):
+            yield SimpleNamespace(device=torch.device("cuda:1"))
+
+    sizes = {torch.device("cuda:1"): SimpleNamespace(total_memory=12345)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    for model in (Elsewhere(), Elsewhere):
+        assert asked(model, plan).limit_bytes == 12345
+        assert asked(model, plan, device="cpu").limit_bytes is None
+
+
+def asked(model, plan, device=None):
+    given = {"data": None, "val_data": None, "how": {}, "metrics": None, "objective": plan.objective, "blocks": None}
+    given |= {"schedules": 1, "memory_limit": None, "options": {}, "seed": 0, "progress": False}
+    proposals = Proposals({}, torch.optim.SGD, None, 0, None, not isinstance(model, nn.Module))
+    return Asked(model=model, plan=plan, device=device, proposals=proposals, **given)
 
 
 def test_beyond_its_memory_a_trial_is_not_among_the_best(tune, plan):
@@ -293,12 +451,35 @@ def test_schedules_are_those_that_nothing_beats(points):
     rows = [
         Row(horizon=i + 1, memory_bytes=m, step_seconds=float(s), rate=float(r)) for i, (m, s, r) in enumerate(points)
     ]
-    found = undominated(rows)
+    found = contenders(rows)
     costs = {row.horizon: (row.memory_bytes, row.step_seconds, -row.rate) for row in rows}
-    assert {costs[row.horizon] for row in found} == {
-        own for own in costs.values() if not any(beats(other, own) for other in costs.values())
-    }
-    assert len({costs[row.horizon] for row in found}) == len(found)
+
+    def beaten(own):
+        return any(o != own and all(a <= b for a, b in zip(o, own, strict=True)) for o in costs.values())
+
+    assert found == [row for row in rows if not beaten(costs[row.horizon])]
+
+
+def row(horizon, memory, seconds, rate, source, **others):
+    return Row(horizon=horizon, memory_bytes=memory, step_seconds=seconds, rate=rate, rate_source=source, **others)
+
+
+def test_derived_rate_beats_no_measured_one_and_an_unknown_rate_beats_nothing():
+    exact = {"cosine_source": "derived", "rate": 1.0, "source": "derived"}
+    measured, derived = row(3, 100, 1.0, 0.7, "measured"), row(2, 90, 1.0, 0.9, "derived")
+    whole, again = row(4, 200, 1.0, **exact), row(4, 120, 1.4, **exact, recompute=2)
+    unknown = row(4, 110, 1.2, None, "unmeasured", micro_batches=2)
+    worse = row(1, 95, 1.1, 0.8, "derived")
+    assert contenders([measured, derived, whole, again, unknown, worse]) == [measured, derived, whole, again, unknown]
+
+
+def test_without_seconds_flops_are_the_time():
+    rows = [row(h, 100 - h, None, 0.5, "derived", flops=flops) for h, flops in [(1, 5), (2, 4), (3, 9)]]
+    assert contenders(rows) == rows[1:]
+
+
+def test_label_tells_all_ways_of_a_table_apart(plan):
+    assert len({label(row) for row in plan.rows}) == len(plan.rows)
 
 
 def test_trials_are_those_of_optuna(tune, tmp_path):
@@ -322,12 +503,45 @@ def test_record_that_was_cut_off_costs_nothing_else(tune, tmp_path, torn):
     assert summary(tune(trials=3, storage=path)) == summary(after)
 
 
-def test_file_that_is_no_journal_is_refused_and_left_alone(tune, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("Dear diary,\nnothing happened.\n")
-    with pytest.raises(ValueError, match=r"notes\.txt.*no journal"):
-        tune(storage=path)
-    assert path.read_text() == "Dear diary,\nnothing happened.\n"
+def sqlite(path):
+    """A database with line ends among its bytes."""
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        base.execute("create table t(a)")
+        base.executemany("insert into t values (?)", [(f"row {i}\nnote",) for i in range(300)])
+        base.commit()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"Dear diary,\nnothing happened.\n",
+        b"my only notes, no line end",
+        b'{"lr": 0.1}',
+        b'{"epoch": 1}\n{"epoch": 2}\n{"epo',
+        b'{"op_code": 0} and more\n',
+        sqlite,
+    ],
+)
+def test_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "study.db"
+    text(path) if callable(text) else path.write_bytes(text)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"study\.db.*no journal"), opened(path):
+        pass
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 11, 30])
+def test_journal_whose_first_record_was_cut_off_is_one(tmp_path, length):
+    path = tmp_path / "study.log"
+    with opened(path) as storage:
+        optuna.create_study(storage=storage, study_name="s")
+    path.write_bytes(path.read_bytes().partition(b"\n")[0][:length])
+    with opened(path) as storage:
+        assert optuna.get_all_study_names(storage) == []
+        optuna.create_study(storage=storage, study_name="s")
+    with opened(path) as storage:
+        assert optuna.get_all_study_names(storage) == ["s"]
 
 
 def ledger(path, total):
@@ -353,6 +567,18 @@ def test_trial_of_a_dead_owner_is_made_again_until_it_has_failed(tmp_path):
         assert last.settled()
         (trial,) = last.begun()
     assert "died 3 times" in trial.user_attrs["found"]["reason"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="tells namespaces apart by /proc")
+@pytest.mark.parametrize(
+    "where", [lambda: os.readlink("/proc/self/ns/pid"), lambda: Path("/proc/sys/kernel/random/boot_id").read_text()]
+)
+def test_process_number_says_nothing_in_another_container_or_after_a_reboot(where):
+    me = owner.begin()
+    assert not owner.dead(me)
+    owner.end(me)
+    assert owner.dead(me)
+    assert not owner.dead(me.replace(where().strip(), "another"))
 
 
 def test_trial_of_a_living_owner_is_left_to_it(tmp_path):
@@ -398,6 +624,30 @@ def test_study_shows_itself(tune, tmp_path):
     assert (tmp_path / "study.svg").read_text().count("<!-- h=") == len(study.best_trials)
 
 
+def test_metric_that_is_not_a_number_is_null(tune, tmp_path):
+    study = tune(trials=2, metrics={"odd": tuner_job.not_a_number})
+    assert all(math.isnan(trial.metrics["odd"]) for trial in study.trials)
+    study.save(tmp_path / "study.json")
+    saved = json.loads((tmp_path / "study.json").read_text())["trials"]
+    assert [trial["metrics"]["odd"] for trial in saved] == [None, None]
+    assert [trial["validations"][1]["odd"] for trial in saved] == [None, None]
+    assert [trial["metrics"]["loss"] for trial in saved] == [trial.metrics["loss"] for trial in study.trials]
+
+
+def test_trial_that_space_prunes_is_one_of_the_study(tune, tmp_path):
+    def space(trial):
+        width = trial.suggest_categorical("width", [8, 16])
+        if trial.number == 1:
+            raise optuna.TrialPruned("too wide")
+        return {"model": {"width": width}}
+
+    there = {"model": tuner_job.maker, "space": space, "storage": tmp_path / "study.log"}
+    study = tune(trials=3, **there)
+    assert states(study) == ["finished", "pruned", "finished"]
+    assert study.trials[1].reason == "space pruned it: too wide"
+    assert summary(tune(trials=3, **there)) == summary(study)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -409,6 +659,7 @@ def test_study_shows_itself(tune, tmp_path):
         ({"learning_rates": (0, 1e-4)}, "least <= largest"),
         ({"learning_rates": (1e-3,)}, "least and the largest"),
         ({"max_warmup": 2}, "max_warmup=2"),
+        ({"max_warmup": 1, "epochs": 1}, "max_warmup=1"),
         ({"timeout_seconds": math.inf}, "timeout_seconds"),
         ({"metric": "bleu"}, "higher_is_better"),
         ({"metric": "bleu", "higher_is_better": True}, "loss, accuracy"),
@@ -484,6 +735,13 @@ def test_command_tunes_and_goes_on(user, tmp_path):
     found = json.loads(command(*here, "--trials", 3, "--json").stdout)
     assert [trial["state"] for trial in found["trials"]] == ["finished"] * 3
     assert found["best"] in found["best_trials"]
+
+
+def test_picture_that_cannot_be_drawn_costs_nothing_else(user, tmp_path):
+    words = [f"{user}:model", "--data", f"{user}:both", "--workers", 0, "--trials", 1, "--json"]
+    result = command(*words, "--out", "plan.json", "--plot", "study.nonsense", code=1)
+    assert "nonsense" in result.stderr
+    assert hp.Plan.load("plan.json").to_dict() == json.loads(result.stdout)["plan"]
 
 
 @pytest.mark.parametrize(

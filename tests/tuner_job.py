@@ -71,6 +71,18 @@ def harms(trial):
     return {"model": {"harm": {1: "crashes", 2: "raises", 3: "runs_out"}.get(trial.number)}}
 
 
+def decays(trial):
+    return {"optimizer": {"weight_decay": trial.suggest_float("weight_decay", 0, 1)}}
+
+
+def accumulates(trial):
+    return {"train": {"accumulate": trial.suggest_categorical("accumulate", [1, 2])}}
+
+
+def not_a_number(outputs, targets):
+    return float("nan")
+
+
 def hangs(trial):
     return {"model": {"harm": "sleeps"}}
 

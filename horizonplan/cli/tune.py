@@ -129,13 +129,14 @@ def _rates(text: str) -> tuple[float, float] | None:
 
 
 def _hand_over(study: Study, out: Path | None, plot: Path | None, json: bool) -> None:
-    if plot is not None:
-        study.plot(plot)
+    """Save, print, then draw, so that a picture that cannot be drawn costs nothing else."""
+    if out is not None and study.best_trials:
+        study.plan.save(out)
     if json:
         opt.print_json(study.to_dict())
     else:
         typer.echo(str(study))
         typer.echo("->: the best; *: no trial is better in memory, metric and time")
-    if out is not None:
-        study.plan.save(out)
+    if plot is not None:
+        study.plot(plot)
     study.best  # noqa: B018 - which raises if there is none

@@ -3,10 +3,11 @@
 Many processes, on many machines, may work on one ledger. Three rules make that safe:
 
 - a trial's number is given by the storage, once. One that finds, when it begins, ``total`` others with smaller numbers
-  begun is one too many, made in a race, and struck out (*void*) by who made it. What is queued has not begun.
+  begun is one too many, made in a race, and struck out (*void*) by who made it. What is queued has not begun; a dead
+  trial's successor that is queued just then can still bring one more than ``total``, which counts.
 - a trial whose owner has died is void, and the same parameters are queued again; from the third death on it has failed.
-- what a sampler draws for a trial depends on the study's seed, the trial's number and the finished trials only, so
-  that a study that was broken off goes on as if it had not been.
+- what a sampler draws for a trial depends on the study's seed, the number of trials that count and began before it,
+  and the finished trials only, so that a study that was broken off, in a trial too, goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -117,10 +118,11 @@ class Ledger:
                 return None
             trial = self.study.ask()
             trial.set_user_attr(OWNER, self.me)
-            if sum(other.number < trial.number for other in self.begun()) >= self.total:
+            before = sum(other.number < trial.number for other in self.begun())
+            if before >= self.total:
                 self.put_back(trial)
                 return None
-            self.study.sampler = TPESampler(seed=(self.seed * 1_000_003 + trial.number) % 2**32)
+            self.study.sampler = TPESampler(seed=(self.seed * 1_000_003 + before) % 2**32)
             self.running[trial.number] = trial
             try:
                 return trial, suggest(trial)

@@ -1,14 +1,16 @@
 """Who runs a trial, and whether they still do.
 
-An owner is a call in a process on a machine. On its own machine a dead process is seen at once; elsewhere an owner is
-taken for dead when the number that it counts up (its beat) has stood still for a while by the clock of the one who
-looks, so that the clocks of two machines are never compared.
+An owner is a call in a process on a machine. Process numbers mean something within one container (a namespace of
+processes) of one machine since it was started, so a container of the same name is another machine. On its own machine
+a dead process is seen at once; elsewhere an owner is taken for dead when the number that it counts up (its beat) has
+stood still for a while by the clock of the one who looks, so that the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -24,7 +26,7 @@ def begin() -> str:
     """A new owner, alive until :func:`end` or the process's end."""
     call = uuid4().hex
     _calls.add(call)
-    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())} {call}"
+    return f"{_machine()} {os.getpid()} {_started(os.getpid())} {call}"
 
 
 def end(owner: str) -> None:
@@ -35,7 +37,7 @@ def end(owner: str) -> None:
 def dead(owner: str) -> bool:
     """Whether an owner on this machine is known to have ended."""
     host, number, started, call = owner.rsplit(maxsplit=3)
-    if host != socket.gethostname():
+    if host != _machine():
         return False
     pid = int(number)
     if pid == os.getpid():
@@ -66,6 +68,19 @@ class Watchman:
             self.seen[trial] = (beat, monotonic())
             return False
         return monotonic() - since > GRACE_SECONDS
+
+
+def _machine() -> str:
+    """Where process numbers mean what they do here: the host, since it was started, and the namespace if there is one.
+
+    Its name is not enough: containers of one name may share a journal.
+    """
+    known = [socket.gethostname()]
+    with suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(known)
 
 
 def _started(pid: int) -> str:

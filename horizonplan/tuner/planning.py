@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +15,10 @@ from horizonplan.objective import MemoryLimit, Objective
 from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
 from horizonplan.progress import Progress
-from horizonplan.rows import Row
 from horizonplan.training.evaluate import Metric, rehearsed
 from horizonplan.training.random_state import seeded_all
 from horizonplan.tuner.proposals import Proposals
+from horizonplan.tuner.record import as_json, compare, remembered
 from horizonplan.tuner.schedules import label, to_train
 from horizonplan.tuner.work import Model, built, made
 
@@ -40,13 +39,14 @@ class Asked:
     schedules: int
     memory_limit: int | None
     proposals: Proposals
+    options: dict[str, Any]
     seed: int
     progress: Progress
 
     @property
     def clock(self) -> str:
         """Whose seconds of a step count: the plan's, or each trial's own where the plan does not know them."""
-        changed = self.proposals.factory and self.proposals.space is not None  # perhaps a model of another size
+        changed = self.proposals.space is not None or bool(self.options)  # which may change what a step takes
         known = all(row.step_seconds is not None for row in self.proposals.rows.values())
         return "planned" if known and not changed else "measured"
 
@@ -59,10 +59,18 @@ class Asked:
         objective = self.objective if self.plan is None else self.plan.objective
         known = [self.memory_limit, None if card is None else card.memory_bytes]
         known += [objective.limit_bytes] if isinstance(objective, MemoryLimit) else []
-        place = None if card is not None or self.device is None else torch.device(self.device)
+        place = None if card is not None else self._place()
         if place is not None and place.type == "cuda":
             known.append(int(torch.cuda.get_device_properties(place).total_memory))
         return min((limit for limit in known if limit is not None), default=None)
+
+    def _place(self) -> torch.device | None:
+        """The device that trials train on; ``None``: the model has no parameters to tell."""
+        if self.device is not None:
+            return torch.device(self.device)
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return next((p.device for p in self.example().parameters()), None)
 
     def example(self) -> nn.Module:
         """The model to plan for, which is the user's own if it is a module."""
@@ -89,10 +97,14 @@ class Asked:
         if metric not in known:
             raise ValueError(f"metric={metric!r}: validation measures {', '.join(known)}; give one of these.")
 
+    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings with what a step may need, as a study remembers them."""
+        return {name: remembered(value) for name, value in {**settings, "memory_limit": self.limit_bytes}.items()}
+
     def record(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What a new study keeps, and its first trials."""
         how = {name: value for name, value in self.how.items() if value is not None}
-        plan = self.plan
+        plan, limit = self.plan, self.limit_bytes
         if plan is None:
             plan = plan_horizon(
                 self.example(),
@@ -106,32 +118,25 @@ class Asked:
                 progress=self.progress,
                 **how,
             )
-        rows = to_train(plan, self.schedules, self.limit_bytes)
+        rows = to_train(plan, self.schedules, limit)
         values = ["memory_bytes", str(settings["metric"]), "step_seconds"]
-        kept = {"values": values, "settings": dict(settings), "plan": plan.to_dict(), "schedules": list(rows)}
+        kept = {"values": values, "settings": self.complete(settings), "plan": plan.to_dict(), "schedules": list(rows)}
         return as_json(kept), replace(self.proposals, rows=rows).first()
 
 
-def recall(
-    record: Mapping[str, Any], asked: Asked, settings: Mapping[str, Any], name: str
-) -> tuple[Plan, dict[str, Row]]:
-    """A study's plan, and its schedules by name.
+def recall(record: Mapping[str, Any], asked: Asked, settings: Mapping[str, Any], name: str) -> tuple[Plan, Asked]:
+    """A study's plan, and what was asked for with that plan and its schedules.
 
     Raises:
-        ValueError: the study was made with other settings.
+        ValueError: the study was made with another plan, or other settings.
     """
-    where = f"the study {name!r} in this storage"
-    for key, value in as_json(settings).items():
-        if record["settings"][key] != value:
-            then = record["settings"][key]
-            raise ValueError(f"{key}={value!r}: {where} was made with {then!r}; give that, or another name.")
     if asked.plan is not None and as_json(asked.plan.to_dict()) != record["plan"]:
-        raise ValueError(f"plan: {where} has another one; leave plan out, or give another name.")
+        raise ValueError(
+            f"plan: the study {name!r} in this storage has another one; leave plan out, or give another name."
+        )
     base = asked.plan if asked.plan is not None else Plan.from_dict(record["plan"])
     named = {label(row): row for row in reversed(base.rows)}
-    return base, {schedule: named[schedule] for schedule in record["schedules"]}
-
-
-def as_json(value: Any) -> Any:
-    """The value as it comes back from a file."""
-    return json.loads(json.dumps(value, allow_nan=False))
+    rows = {schedule: named[schedule] for schedule in record["schedules"]}
+    asked = replace(asked, plan=base, proposals=replace(asked.proposals, rows=rows))
+    compare(record, asked.complete(settings), name)
+    return base, asked

@@ -41,6 +41,7 @@ class Proposal:
         warmup: epochs of smaller horizons.
         model_arguments: for the model's factory.
         train_arguments: for :func:`horizonplan.train`.
+        refused: why the user's function ended the trial before it began, by raising :class:`optuna.TrialPruned`.
     """
 
     row: Row
@@ -48,6 +49,7 @@ class Proposal:
     warmup: int
     model_arguments: Mapping[str, Any]
     train_arguments: Mapping[str, Any]
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,20 @@ class Proposals:
     def suggest(self, trial: optuna.Trial | FixedTrial) -> Proposal:
         """Have a trial's parameters drawn (or, for a :class:`optuna.trial.FixedTrial`, read off).
 
+        One that the user's function prunes has its other parameters drawn, too, so that it is a trial like any other.
+
         Raises:
             ValueError: the user's function returns what is of no use, or takes a name of ours.
         """
-        own = self._own(trial)
+        try:
+            own, refused = self._own(trial), None
+        except optuna.TrialPruned as error:
+            own, refused = {part: {} for part in PARTS}, f"space pruned it: {error}".removesuffix(": ")
         warmup = trial.suggest_int(WARMUP, 0, self.warmup) if self.warmup else 0
         rate = {} if self.rates is None else {"lr": trial.suggest_float(RATE, *self.rates, log=True)}
         row = self.rows[trial.suggest_categorical(SCHEDULE, list(self.rows))]
         optimizer = partial(self.optimizer, **rate, **own["optimizer"])
-        return Proposal(row, optimizer, warmup, own["model"], own["train"])
+        return Proposal(row, optimizer, warmup, own["model"], own["train"], refused)
 
     def first(self) -> list[dict[str, Any]]:
         """The parameters of the trials to begin with: each schedule at the middle rate, the plan's own first."""

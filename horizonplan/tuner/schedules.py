@@ -1,13 +1,15 @@
-"""The few schedules of a plan that trials are spent on: what nothing else in its table beats.
+"""The few schedules of a plan that trials are spent on: what nothing else in its table is known to beat.
 
 The folds have weighed every horizon, stride and recomputation already. What is left to training are those that are
-not dominated in memory, time and rate, thinned to a handful that spans the memory.
+not dominated in memory, time and rate, and those whose rate nobody knows, thinned to a handful that spans the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from horizonplan.frontier import frontier
 from horizonplan.plan import Plan
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes
@@ -18,10 +20,14 @@ def label(row: Row) -> str:
 
     >>> label(Row(horizon=3, memory_bytes=1)), label(Row(horizon=6, stride=6, recompute=2, memory_bytes=1))
     ('h=3 s=1', 'h=6 s=6 k=2')
+    >>> label(Row(algorithm="LoCo 3", horizon=6, stride=3, memory_bytes=1, precision="bf16"))
+    'LoCo 3 h=6 s=3 bf16'
     """
-    parts = [f"h={row.horizon} s={row.stride}"]
+    parts = [] if row.algorithm == "horizon" else [row.algorithm]
+    parts += [f"h={row.horizon} s={row.stride}"]
     parts += [f"k={row.recompute}"] if row.recompute else []
     parts += [f"m={row.micro_batches}"] if row.micro_batches > 1 else []
+    parts += [] if row.precision == "fp32" else [row.precision]
     return " ".join(parts)
 
 
@@ -45,41 +51,25 @@ def to_train(plan: Plan, most: int, limit_bytes: int | None) -> dict[str, Row]:
             f"plan: no schedule fits {room}; {label(least)}, the smallest, needs {format_bytes(_needs(least))}: raise "
             "memory_limit, use smaller batches, or plan with candidates='all'."
         )
-    best = undominated(fitting)
+    best = contenders(fitting)
     first = [plan.row] if plan.row in fitting else []
     others = sorted((row for row in best if row not in first), key=lambda row: row.memory_bytes)
     return {label(row): row for row in (*first, *_spread(others, most - len(first)))}
 
 
-def undominated(rows: Iterable[Row]) -> list[Row]:
-    """The rows that no other one beats in memory, time and rate, in their order; of equal ones the first.
+def contenders(rows: Iterable[Row]) -> list[Row]:
+    """The rows on the frontier (:func:`horizonplan.frontier`), and those of unknown rate, in their order.
 
-    Time is seconds, or FLOPs where a row has none. A rate that was not measured counts as that of the same horizon at
-    stride 1: cosines hardly differ between strides, and training will tell.
+    Of a rate that was not measured nothing can be said, so training is to tell. Where not all rows have seconds, FLOPs
+    stand in for them.
     """
     rows = list(rows)
-    clocked = all(row.step_seconds is not None for row in rows)
-    plain = {row.horizon: row.rate for row in rows if row.stride == 1 and row.plain}
-
-    def costs(row: Row) -> tuple[float, float, float]:
-        time = row.step_seconds if clocked else row.flops
-        rate = plain.get(row.horizon) if row.rate is None else row.rate
-        return float(_needs(row)), float(time or 0), -(rate if rate is not None else 1.0)
-
-    points = [costs(row) for row in rows]
-    first = {point: row for row, point in zip(reversed(rows), reversed(points), strict=True)}
-    best = [row for point, row in first.items() if not any(beats(other, point) for other in first)]
-    return [row for row in rows if row in best]
-
-
-def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether all numbers are at most the other's, and one is less.
-
-    >>> beats((1, 2), (1, 3)), beats((1, 2), (1, 2)), beats((1, 4), (2, 3))
-    (True, False, False)
-    """
-    pairs = list(zip(one, other, strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+    if all(row.step_seconds is not None for row in rows):
+        timed = rows
+    else:
+        timed = [replace(row, step_seconds=float(row.flops or 0)) for row in rows]
+    best = frontier(timed)
+    return [row for row, known in zip(rows, timed, strict=True) if row.rate is None or known in best]
 
 
 def _needs(row: Row) -> int:

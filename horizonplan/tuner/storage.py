@@ -8,6 +8,7 @@ would never read past it).
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from time import sleep
-from typing import cast
+from typing import BinaryIO, cast
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -24,6 +25,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 Place = str | Path | BaseStorage | None
+START = b'{"op_code":'  # of each record, as Optuna writes them
 
 
 @contextmanager
@@ -132,10 +134,19 @@ def _held(lock: _KernelLock | JournalFileOpenLock) -> Iterator[None]:
 
 
 def _mend(path: Path) -> None:
-    """Cut away a last line without an end."""
+    """Cut away a last line without an end.
+
+    Raises:
+        ValueError: the file is no journal; it is left as it is.
+    """
     if not path.exists():
         return
     with path.open("r+b") as file:
+        if not _is_journal(file):
+            raise ValueError(
+                f"storage={str(path)!r}: it is no journal of a study, and was left as it is; give the path of one, or "
+                "of a new file, and sqlite:///PATH for an SQLite database."
+            )
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - 65536)
@@ -148,6 +159,20 @@ def _mend(path: Path) -> None:
         if end < size:
             file.truncate(end)
             os.fsync(file.fileno())
+
+
+def _is_journal(file: BinaryIO) -> bool:
+    """Whether a file's first line is a record, or what is left of one that was cut off; an empty file will do."""
+    first = file.read(len(START))
+    if not START.startswith(first):
+        return False
+    first += file.readline()
+    if not first.endswith(b"\n"):
+        return True
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from typing import Any
 
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from horizonplan.candidates import with_measured_bytes
+from horizonplan.objective import evaluate
 from horizonplan.plan import Plan
+from horizonplan.rows import Row
 from horizonplan.tuner.ledger import FOUND
 from horizonplan.tuner.proposals import RATE, SCHEDULE, WARMUP, Proposal, Proposals
 from horizonplan.tuner.schedules import label
@@ -31,7 +34,7 @@ class Study:
         setting: what they have in common: ``setting.plan``, whose schedules were tried; ``setting.limit_bytes``, what a
             step may need; ``setting.clock``, where the seconds come from that trials are weighed by: ``"planned"``, the
             plan's, alike for all machines and however many trials run side by side; or ``"measured"``, each trial's
-            own, where ``space`` may change the model, or the plan knows no seconds.
+            own, where ``space`` or ``options`` may change what a step takes, or the plan knows no seconds.
     """
 
     trials: tuple[Trial, ...]
@@ -73,7 +76,8 @@ class Study:
     def plan_of(self, trial: Trial) -> Plan:
         """The plan with a trial's schedule; its memory is what the trial measured, if that was of this and this alone.
 
-        It was not if ``space`` may have changed the model, or the trial began with other horizons.
+        It was not if ``space`` or ``options`` may have changed what a step takes, or the trial began with other
+        horizons. What the row costs, and whether it is feasible, is judged by that memory.
         """
         if trial not in self.trials:
             raise ValueError(f"trial {trial.number} is none of this study's.")
@@ -83,9 +87,13 @@ class Study:
         note += f", trained with {', '.join(told)}" if told else ""
         note += "".join(f", {name} {value:.4g}" for name, value in trial.metrics.items()) + "."
         alone = self.setting.clock == "planned" and not trial.params.get(WARMUP)
-        if trial.state == "finished" and trial.memory_bytes and alone:
-            seen = replace(row, memory_bytes=trial.memory_bytes, memory_source="measured")
-            rows, row = tuple(seen if one == row else one for one in rows), seen
+        if trial.state == "finished" and trial.memory_bytes and alone and not _counts_for_the_device(row):
+            place = rows.index(row)
+            seen = with_measured_bytes(row, trial.memory_bytes)
+            seen = replace(seen, fits=None if row.fits is None else True)  # it ran
+            table = [*rows[:place], seen, *rows[place + 1 :]]
+            row = evaluate(table, self.setting.plan.objective, self.setting.plan.cost)[place]
+            rows = (*rows[:place], row, *rows[place + 1 :])
         return replace(self.setting.plan, row=row, rows=rows, notes=(note, *self.setting.plan.notes))
 
     def options(self, trial: Trial | None = None) -> dict[str, Any]:
@@ -150,6 +158,11 @@ class Study:
     def save(self, path: str | Path) -> None:
         """Write the study as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _counts_for_the_device(row: Row) -> bool:
+    """Whether the table's memory is what the device needs in all, of which the tensors of a trial say nothing."""
+    return row.device_bytes is not None and row.device_bytes <= row.memory_bytes
 
 
 def read(trial: FrozenTrial, rows: Mapping[str, Any]) -> Trial | None:

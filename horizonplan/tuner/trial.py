@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from horizonplan.frontier import beats
 from horizonplan.rows import Row
-from horizonplan.tuner.schedules import beats
 
 State = Literal["finished", "pruned", "failed", "running"]
 
@@ -47,10 +48,19 @@ class Trial:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, the schedule's own beside the rest."""
+        """JSON-ready values, the schedule's own beside the rest; a number that is not finite is null."""
         schedule = ("horizon", "stride", "recompute", "micro_batches")
-        rest = {name: value for name, value in vars(self).items() if name != "row"}
+        rest = {name: _finite(value) for name, value in vars(self).items() if name != "row"}
         return rest | {name: getattr(self.row, name) for name in schedule} | {"planned": self.row.to_dict()}
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pareto(trials: Iterable[Trial], higher_is_better: bool) -> tuple[Trial, ...]:

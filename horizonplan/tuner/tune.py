@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,12 +97,12 @@ def tune_horizon(
             A model of other sizes is predicted before it is trained; it has to have the blocks that were planned for.
         schedules: how many of the plan's schedules to try, at most.
         memory_limit: what a step may need, bytes or ``"24GiB"``. What is predicted to need more is never trained.
-            ``None``: the objective's limit, or an emulated or CUDA device's memory, if there is one.
+            ``None``: the objective's limit, or the memory of an emulated card or of the CUDA device trained on.
         workers: trials side by side, each in a process, which share this machine's device and cores; 0: none.
         prune: end a trial after an epoch in which its metric is worse than the median of at least three finished
             trials with schedules that need no more memory and time.
         seed: of the trials' weights and training, of proposals, and of the plan. With one worker the same seed gives
-            the same trials, as long as the plan is the same (and ``space`` changes no model, see ``Study.clock``).
+            the same trials, as long as the plan is the same and its seconds are weighed (see ``Study.setting``).
         name: of the study in its storage.
         timeout_seconds: for a trial; one that takes longer has failed.
         loss: as for :func:`horizonplan.plan_horizon`.
@@ -135,6 +134,7 @@ def tune_horizon(
         blocks=blocks,
         schedules=schedules,
         memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "memory_limit"),
+        options=dict(options or {}),
         proposals=Proposals(
             rows={},
             optimizer=check_optimizer(optimizer, learning_rates is not None),
@@ -147,13 +147,13 @@ def tune_horizon(
         progress=progress,
     )
     asked.check_metric(metric)
-    settings = {"metric": metric, "epochs": epochs, "seed": seed, "learning_rates": learning_rates}
-    settings |= {"max_warmup": asked.proposals.warmup, "memory_limit": asked.limit_bytes, "schedules": schedules}
+    settings = {"metric": metric, "higher_is_better": higher, "epochs": epochs, "seed": seed, "schedules": schedules}
+    settings |= {"optimizer": asked.proposals.optimizer, "learning_rates": learning_rates, "space": space}
+    settings |= {"max_warmup": asked.proposals.warmup, "prune": prune, "options": asked.options, **asked.how}
     directions: list[Direction] = ["minimize", "maximize" if higher else "minimize", "minimize"]
     with opened(storage) as kept:
         study, record = join(kept, name, directions, partial(asked.record, settings))
-        base, rows = recall(record, asked, settings, name)
-        asked = replace(asked, plan=base, proposals=replace(asked.proposals, rows=rows))
+        base, asked = recall(record, asked, settings, name)
         given = {**asked.how, "device": device, "metrics": metrics}
         setting = Setting(
             model=model,
@@ -167,12 +167,12 @@ def tune_horizon(
             limit_bytes=asked.limit_bytes,
             seed=seed,
             workers=workers,
-            options={n: value for n, value in given.items() if value is not None} | dict(options or {}),
+            options={n: value for n, value in given.items() if value is not None} | asked.options,
         )
         with Ledger(study, trials, seed, asked.limit_bytes) as ledger:
             tell = partial(_tell, reporter(progress, trials), metric)
             Workers(ledger, asked.proposals, setting, workers, prune, timeout_seconds, tell).run()
-            done = [trial for one in ledger.begun() if (trial := read(one, rows)) is not None]
+            done = [trial for one in ledger.begun() if (trial := read(one, asked.proposals.rows)) is not None]
     return Study(tuple(done), asked.proposals, setting)
 
 
@@ -205,7 +205,7 @@ def _check(
     for name, (value, least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: give a whole number >= {least}.")
-    if (max_warmup is not None and max_warmup >= epochs > 1) or (max_warmup or 0) > epochs:
+    if max_warmup and max_warmup >= epochs:
         raise ValueError(f"max_warmup={max_warmup}: it is part of the epochs; give less than epochs={epochs}.")
     if learning_rates is not None:
         rates = tuple(learning_rates)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +14,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms import Fixed, Windows
-from horizonplan.batch import as_loader, take
+from horizonplan.batch import as_loader, own_generator, take
 from horizonplan.chain.calls import rng_devices
-from horizonplan.devices import parse_device
-from horizonplan.fits import fits
+from horizonplan.devices import ASSUMED, parse_device
 from horizonplan.plan import Plan
 from horizonplan.schedule import Schedule
 from horizonplan.training import Callback, PlanWarning, Result, Run, train
 from horizonplan.training.random_state import seeded_all
 from horizonplan.training.warmup import warm_up
+from horizonplan.tuner.predicted import Step
 from horizonplan.units import format_bytes
 
 Model = nn.Module | Callable[..., nn.Module]
@@ -86,7 +85,7 @@ def perform(work: Work) -> Found:
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     data, val_data = made(work.data), made(work.val_data)
-    with _own_generator(data), _own_generator(val_data), seeded_all(work.seed, _cuda(work)), warnings.catch_warnings():
+    with own_generator(data), own_generator(val_data), seeded_all(work.seed, _cuda(work)), warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the trial tells what it needed
         model = built(work.model, work.model_arguments)
         if (misfit := _misfit(work, model, data)) is not None:
@@ -136,23 +135,23 @@ def _misfit(work: Work, model: nn.Module, data: Any) -> Found | None:
     """The end of a trial that is predicted not to fit."""
     if work.limit_bytes is None:
         return None
+    schedules = _unweighed(work)
+    if not schedules:
+        return None
+    with own_generator(data):
+        batch = take(as_loader(data), 1)[0]
     plan, options = work.plan, work.options
-    how = {name: options[name] for name in ("loss", "compute_loss", "projection") if name in options}
-    needed = 0
-    for schedule in _unweighed(work):
-        assert schedule.pair is not None
-        verdict = fits(
-            model,
-            take(as_loader(data), 1)[0],
-            work.limit_bytes,
-            schedule.pair[0],
-            stride=schedule.pair[1],
-            recompute=schedule.recompute,
-            optimizer=work.optimizer,
-            blocks=list(plan.blocks) if isinstance(plan.blocks, tuple) else plan.blocks,
-            **how,
-        )
-        needed = max(needed, verdict.predicted_bytes + (verdict.margin_bytes if _cuda(work, model) else 0))
+    step = Step(
+        optimizer=work.optimizer,
+        blocks=list(plan.blocks) if isinstance(plan.blocks, tuple) else plan.blocks,
+        micro_batches=plan.micro_batches,
+        accumulate=options.get("accumulate", 1),
+        precision=options.get("precision") or plan.precision,
+        cuda=bool(_cuda(work, model)),
+        how={name: options[name] for name in ("loss", "compute_loss", "projection") if name in options},
+    )
+    needed = step.peak_bytes(model, batch, schedules)
+    needed += ASSUMED.margin_bytes(needed) if step.cuda else 0
     if needed <= work.limit_bytes:
         return None
     words = f"predicted to need {format_bytes(needed)} of {format_bytes(work.limit_bytes)}, so it was not trained"
@@ -160,11 +159,16 @@ def _misfit(work: Work, model: nn.Module, data: Any) -> Found | None:
 
 
 def _unweighed(work: Work) -> list[Schedule]:
-    """The trial's schedules whose memory the plan has not weighed: a warm-up's, and all for a model of its own."""
-    final = work.plan.schedule
-    smaller = warm_up(Fixed(final), work.plan.depth, work.options.get("warmup", 0)).values()
+    """The trial's schedules whose memory the plan has not weighed: a warm-up's, and all where the step is another one.
+
+    It is for a model of its own, for several batches a step, and in another precision.
+    """
+    final, options = work.plan.schedule, work.options
+    smaller = warm_up(Fixed(final), work.plan.depth, options.get("warmup", 0)).values()
     found = [method.schedule(work.plan.depth) for method in smaller if isinstance(method, Windows)]
-    return [schedule for schedule in found if work.model_arguments or schedule != final]
+    another = bool(work.model_arguments) or options.get("accumulate", 1) > 1
+    another |= (options.get("precision") or work.plan.precision) != work.plan.precision
+    return [schedule for schedule in found if another or schedule != final]
 
 
 def _steps(data: Any, accumulate: int) -> int | None:
@@ -218,15 +222,3 @@ def _cuda(work: Work, model: nn.Module | None = None) -> list[int]:
         return [device.index or 0] if device.type == "cuda" else []
     known = model if model is not None else work.model
     return list(rng_devices(known)) if isinstance(known, nn.Module) else []
-
-
-@contextmanager
-def _own_generator(loader: Any) -> Iterator[None]:
-    """A loader's own generator brought back, so that each trial in this process sees the same order."""
-    own = getattr(loader, "generator", None)
-    state = None if own is None else own.get_state()
-    try:
-        yield
-    finally:
-        if own is not None:
-            own.set_state(state)

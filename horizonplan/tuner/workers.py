@@ -87,14 +87,19 @@ class Workers:
 
     def _make(self, trial: optuna.Trial, proposal: Proposal) -> None:
         try:
-            work = self.setting.work(proposal, self._bars(proposal.row))
-            found = self._here(work) if self.count == 0 else self._elsewhere(work)
+            found = self._found(proposal)
             values = self.setting.values(proposal, found) if found.state == "finished" else None
         except BaseException:
             self.ledger.put_back(trial)
             raise
         self.ledger.finish(trial, found, values)
         self.tell(trial.number, proposal, found)
+
+    def _found(self, proposal: Proposal) -> Found:
+        if proposal.refused is not None:
+            return Found(state="pruned", reason=proposal.refused)
+        work = self.setting.work(proposal, self._bars(proposal.row))
+        return self._here(work) if self.count == 0 else self._elsewhere(work)
 
     def _here(self, work: Work) -> Found:
         try:
