@@ -1,0 +1,246 @@
+"""The networks that are trained, with their data and the training rule of the paper (Appendix D, Tables D1 and D2).
+
+``scale="paper"`` has the paper's sizes. ``scale="small"`` is cut down to minutes on one core; every size that differs is
+in ``Case.sizes``, which stands in each caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from horizonplan.batch import LossFunction
+from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
+from horizonplan.reproduce import generators, pretrained, verses
+from horizonplan.reproduce.images import images
+
+Scale = Literal["small", "paper"]
+SCALES: tuple[Scale, ...] = ("small", "paper")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation data, and what they are in words."""
+
+    training: Dataset[Any]
+    validation: Dataset[Any]
+    words: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and how it is trained.
+
+    Attributes:
+        name: M1, M2, M3, ...
+        title: what it is.
+        sizes: depth, width and the like, in words.
+        make: the network, with fresh random weights (seed torch before).
+        data: loads the data.
+        loss: of output and target.
+        learning_rate: of the first epoch.
+        batch: samples a step.
+        epochs: passes over the data.
+        optimizer: ``"SGD"`` or ``"Adam"``.
+        horizons: trained at stride 1, the last of them the depth.
+        disjoint: horizons trained with stride h.
+        seeds: how many runs with other weights and another order, where nothing else is asked for.
+        classes: whether targets are classes, so that there is an accuracy.
+    """
+
+    name: str
+    title: str
+    sizes: str
+    make: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    loss: LossFunction
+    learning_rate: float
+    batch: int
+    epochs: int
+    optimizer: str
+    horizons: tuple[int, ...]
+    disjoint: tuple[int, ...]
+    seeds: int
+    classes: bool
+
+    @property
+    def depth(self) -> int:
+        """T, blocks."""
+        return self.horizons[-1]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome of training, for the cells."""
+        names = "name", "sizes", "learning_rate", "batch", "epochs", "optimizer"
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def words(self) -> str:
+        """The network and its training in words, for captions."""
+        rule = f"{self.optimizer} {self.learning_rate:g}, batches of {self.batch}, {self.epochs} epochs"
+        return f"{self.name} ({self.title}: {self.sizes}; {rule})"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the user's files lie.
+
+    Attributes:
+        images: folder of CIFAR.
+        text: folder of the packages with MiniLM and the King James verses.
+        weights: folder of the pre-trained ResNet-50 and ViT-B/16.
+    """
+
+    images: Path | None = None
+    text: Path | None = None
+    weights: Path | None = None
+
+
+def cases(scale: Scale, sources: Sources) -> dict[str, Case]:
+    """All cases of a scale, by name. Nothing is read before a case's ``make`` or ``data`` is called."""
+    found = [_m1(scale), _m2(scale), _m3(scale, sources)]
+    found += [_cnn(sources), _lora(sources)] if scale == "small" else pretrained_cases(sources)
+    return {case.name: case for case in found}
+
+
+def fine_tuning(scale: Scale) -> tuple[str, ...]:
+    """The names of Figure 3's and 4's two cases."""
+    return ("CNN", "MiniLM") if scale == "small" else ("ResNet-50", "ViT-B/16")
+
+
+def _m1(scale: Scale) -> Case:
+    samples, held = (2_000, 1_000) if scale == "small" else (10_000, 2_000)
+    return Case(
+        name="M1",
+        title="residual linear network",
+        sizes=f"T = 13 blocks of width 10 between linear stem and head, {samples:,} samples of y = W x",
+        make=lambda: ResidualLinear(10, 10, 10, 13),
+        data=lambda: Data(generators.linear(samples, 0), generators.linear(held, 1), f"{samples:,} samples"),
+        loss=F.mse_loss,
+        learning_rate=0.03,
+        batch=100,
+        epochs=40,
+        optimizer="SGD",
+        horizons=(1, 2, 3, 5, 8, 11, 13),
+        disjoint=(2, 3, 5, 8),
+        seeds=3,
+        classes=False,
+    )
+
+
+def _m2(scale: Scale) -> Case:
+    samples, held = (2_000, 1_000) if scale == "small" else (100_000, 10_000)
+    return replace(
+        _m1(scale),
+        name="M2",
+        title="residual MLP",
+        sizes=f"T = 13 blocks of width 10 between linear stem and head, {samples:,} samples of cosines and sines",
+        make=lambda: ResidualMLP(1, 10, 4, 13),
+        data=lambda: Data(
+            generators.trigonometric(samples, 0), generators.trigonometric(held, 1), f"{samples:,} samples"
+        ),
+        learning_rate=0.01,
+    )
+
+
+def _m3(scale: Scale, sources: Sources) -> Case:
+    small = scale == "small"
+    channels, blocks, count, held = ((4, 8, 16), 3, 800, 400) if small else ((16, 32, 64), 10, 45_000, None)
+
+    def data() -> Data:
+        found = images(sources.images, 10, count, held)
+        return Data(found.training, found.test, found.words)
+
+    layers = 2 * blocks * len(channels) + 2
+    what = "CIFAR-10" if sources.images is not None else "MNIST digits padded to 3 x 32 x 32 (no CIFAR was given)"
+    return Case(
+        name="M3",
+        title=f"ResNet-{layers}",
+        sizes=f"T = {blocks * len(channels)} blocks, channels {'/'.join(map(str, channels))}, {count:,} {what}",
+        make=lambda: ResidualCNN(3, channels, blocks),
+        data=data,
+        loss=F.cross_entropy,
+        learning_rate=0.01,
+        batch=16 if small else 32,
+        epochs=10 if small else 40,
+        optimizer="SGD",
+        horizons=(1, 2, 3, 5, 7, 9) if small else (1, 2, 3, 5, 10, 15, 20, 25, 30),
+        disjoint=(2, 3, 5) if small else (2, 3, 5, 10, 15),
+        seeds=2,
+        classes=True,
+    )
+
+
+def full_m3() -> Case:
+    """The whole ResNet-62, for measurements of one step."""
+    return _m3("paper", Sources())
+
+
+def _cnn(sources: Sources) -> Case:
+    """M3's small network in the place of the full fine-tuning of ResNet-50."""
+    return replace(_m3("small", sources), name="CNN", horizons=(1, 3, 5, 9), disjoint=(3, 5), epochs=6)
+
+
+def _lora(sources: Sources) -> Case:
+    training, held = 320, 160
+    return Case(
+        name="MiniLM",
+        title="LoRA of rank 8 on a pre-trained MiniLM",
+        sizes=f"T = 6 layers, {training} King James verses of {verses.TOKENS} tokens, which testament",
+        make=lambda: verses.classifier(sources.text),
+        data=lambda: Data(*verses.data(sources.text, training, held), f"{training} verses"),
+        loss=F.cross_entropy,
+        learning_rate=0.001,
+        batch=8,
+        epochs=3,
+        optimizer="Adam",
+        horizons=(1, 2, 3, 4, 5, 6),
+        disjoint=(2, 3),
+        seeds=2,
+        classes=True,
+    )
+
+
+def pretrained_cases(sources: Sources) -> list[Case]:
+    """The paper's fine-tuning: ResNet-50 in full, ViT-B/16 with LoRA, on CIFAR-100 enlarged to 224 x 224."""
+
+    def data() -> Data:
+        found = images(sources.images, 100)
+        return Data(found.training, found.test, found.words)
+
+    both: Mapping[str, Any] = {
+        "data": data,
+        "loss": F.cross_entropy,
+        "learning_rate": 0.001,
+        "batch": 64,
+        "epochs": 30,
+        "optimizer": "Adam",
+        "seeds": 1,
+        "classes": True,
+    }
+    return [
+        Case(
+            name="ResNet-50",
+            title="full fine-tuning",
+            sizes="T = 16 blocks, 50,000 CIFAR-100 images at 224 x 224",
+            make=lambda: pretrained.resnet50(sources.weights),
+            horizons=(1, 2, 4, 6, 8, 10, 12, 14, 16),
+            disjoint=(2, 4, 8),
+            **both,
+        ),
+        Case(
+            name="ViT-B/16",
+            title=f"LoRA of rank {pretrained.RANK}",
+            sizes="T = 12 layers, 50,000 CIFAR-100 images at 224 x 224",
+            make=lambda: pretrained.vit(sources.weights),
+            horizons=(1, 2, 3, 4, 6, 8, 10, 12),
+            disjoint=(2, 3, 4, 6),
+            **both,
+        ),
+    ]

@@ -1,0 +1,67 @@
+"""How all pictures look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from horizonplan.training.files import write
+
+INK, PALE = "#222222", "#d5dbe3"
+EXACT, CHECKPOINTED = "#111111", "#b5482a"
+MODELS = {"M1": "#3b6fb6", "M2": "#d98e2b", "M3": "#3f9b6c"}
+SETTINGS = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.edgecolor": "#777777",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "lines.linewidth": 1.5,
+}
+
+
+def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes as an array of ``(rows, columns)``; sizes in inches."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(SETTINGS):
+        made = Figure(figsize=(width, height), layout="constrained")
+        axes = made.subplots(rows, columns, squeeze=False)
+    return made, axes
+
+
+def save(made: Any, path: Path) -> str:
+    """Write a picture; returns the file's name."""
+    from matplotlib import rc_context
+
+    with rc_context(SETTINGS):
+        write(path, lambda file: made.savefig(file, dpi=120, format="png"))
+    return path.name
+
+
+def shades(count: int) -> list[Any]:
+    """Colours from dark to light for an ordered quantity, without the palest."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
+def horizon_colours(horizons: Sequence[int]) -> dict[int, Any]:
+    """A colour for each horizon; the last one, back-propagation, is black."""
+    return {**dict(zip(horizons[:-1], shades(len(horizons) - 1), strict=True)), horizons[-1]: EXACT}
+
+
+def legend(axes: Any, **options: Any) -> None:
+    """A legend in the style of all pictures."""
+    axes.legend(**{"frameon": False, "fontsize": 7.5, "handlelength": 1.8, "labelspacing": 0.3, **options})
