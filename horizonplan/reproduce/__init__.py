@@ -1,7 +1,7 @@
 """The experiments of the paper, run again: ``horizonplan reproduce``.
 
-*Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive Control*: one file an experiment, and the
-parts that they share.
+*Unifying Back-Propagation and Forward-Forward Algorithms through Model Predictive Control*: one file an experiment, and
+the parts that they share.
 """
 
 from horizonplan.reproduce.cases import Sources

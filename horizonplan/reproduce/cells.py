@@ -1,8 +1,8 @@
 """Finished pieces of a run, kept as files, so that a run that was killed goes on where it stood.
 
-A *cell* is one piece of work with a name and settings: one training run, one table of costs. Its file holds the settings
-and what came out. It is written under another name and renamed, so that it is there whole or not at all. A file whose
-settings are others is not believed: the cell is computed again.
+A *cell* is one piece of work with a name and settings: one training run, one table of costs. Its file holds the
+settings and what came out. It is written under another name and renamed, so that it is there whole or not at
+all. A file whose settings are others is not believed: the cell is computed again.
 """
 
 from __future__ import annotations

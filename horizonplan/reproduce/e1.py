@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ def run(lab: Lab, out: Path) -> Finding:
         ]
         costs = lab.costs(case, methods, NAME)
         settings = {**case.settings, "horizons": grid}
-        static = lab.cells.get(
-            f"{NAME}-static/{case.name}", settings, lambda case=case, grid=grid: static_bytes(lab, case, grid)
-        )
+        static = lab.cells.get(f"{NAME}-static/{case.name}", settings, partial(static_bytes, lab, case, grid))
         rows += [_row(case, "s = 1", h, costs[sliding(h, case.depth).name], costs[BP.name]) for h in grid]
         rows += [_row(case, "s = h", h, costs[disjoint(h).name], costs[BP.name]) for h in middle]
         for k in periods:
@@ -77,8 +76,8 @@ def run(lab: Lab, out: Path) -> Finding:
     caption = (
         "Peak bytes of one training step (parameters, optimiser state and batch included) over those of "
         "back-propagation, against h/T: one window at a time (left), all windows at once, the paper's static mode "
-        "(middle). Right: process time of forward and backward over back-propagation's, median of rounds in turn. Dashed: "
-        f"disjoint windows, s = h. Stars: back-propagation with activation checkpointing. {words}."
+        "(middle). Right: process time of forward and backward over back-propagation's, median of rounds in turn. "
+        f"Dashed: disjoint windows, s = h. Stars: back-propagation with activation checkpointing. {words}."
     )
     tables = (write_table(out / f"{NAME}.csv", rows),)
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows))
@@ -166,12 +165,12 @@ def _bulged(rows: Sequence[dict[str, Any]]) -> Claim:
     )
     bulges = all(p["bytes/BP"] >= BULGE and 1 < p["h"] < p["T"] for p in peaks.values())
     return Claim(
-        says="With every window's graph alive at once (static mode), memory is O(h(T-h+1)), with a bulge in the middle.",
+        says="With every window's graph alive at once (static mode), memory is O(h(T-h+1)), a bulge in the middle.",
         where="Appendix E.1, Figure E1 right",
         rule=(
-            f"In every model the largest memory is at a middle horizon and at least {BULGE} times back-propagation's, and "
-            f"bytes are linear in h(T-h+1) and T-h+1 with R² of {NEARLY} or more: {HOLDS}. Only the bulge: {PARTLY}. "
-            f"Else: {FAILS}."
+            f"In every model the largest memory is at a middle horizon and at least {BULGE} times back-propagation's, "
+            f"and bytes are linear in h(T-h+1) and T-h+1 with R² of {NEARLY} or more: {HOLDS}. Only the bulge: "
+            f"{PARTLY}. Else: {FAILS}."
         ),
         found="The peak: " + ", ".join(found) + ".",
         verdict=judge(bulges and min(fits.values()) >= NEARLY, bulges),
@@ -188,10 +187,10 @@ def _against_checkpointing(rows: Sequence[dict[str, Any]]) -> Claim:
             r for r in _of(rows, model, "s = h") if r["bytes"] >= exact["bytes"] and r["seconds"] >= exact["seconds"]
         ]
         parts.append(
-            f"{model}: {exact['kind']} needs {exact['bytes/BP']:.2f} of BP's bytes, {exact['flops/BP']:.2f} of its FLOPs "
-            f"and {exact['seconds/BP']:.2f} of its time; {len(worse)} of {len(mine)} middle horizons at s = 1 need no "
-            f"fewer bytes and no fewer FLOPs, and {len(apart)} of {len(_of(rows, model, 's = h'))} at s = h no fewer "
-            "bytes and no less time"
+            f"{model}: {exact['kind']} needs {exact['bytes/BP']:.2f} of BP's bytes, {exact['flops/BP']:.2f} of its "
+            f"FLOPs and {exact['seconds/BP']:.2f} of its time; {len(worse)} of {len(mine)} middle horizons at s = 1 "
+            f"need no fewer bytes and no fewer FLOPs, and {len(apart)} of {len(_of(rows, model, 's = h'))} at s = h "
+            "no fewer bytes and no less time"
         )
     return Claim(
         says="Exact gradients with activation checkpointing are an alternative at every memory.",

@@ -90,8 +90,8 @@ def _late(all_cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
         says="Later the losses part, and those of small horizons stay high.",
         where="Appendix E.2, Figure E2",
         rule=(
-            f"The final loss of h = 1 is at least {STALLED} times back-propagation's in every model: {HOLDS}. In all but "
-            f"one: {PARTLY}. Else: {FAILS}."
+            f"The final loss of h = 1 is at least {STALLED} times back-propagation's in every model: {HOLDS}. In all "
+            f"but one: {PARTLY}. Else: {FAILS}."
         ),
         found="It is " + ", ".join(f"{value:.1f} times in {model}" for model, value in ratios.items()) + ".",
         verdict=judge(min(ratios.values()) >= STALLED, sorted(ratios.values())[1] >= STALLED),

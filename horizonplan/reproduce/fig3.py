@@ -1,13 +1,14 @@
 """Figure 3: accuracy and memory of each horizon, the batch reciprocal to the horizon, so that memory is about equal.
 
-The paper tunes ResNet-50 in full and ViT-B/16 with LoRA on CIFAR-100. The small run has M3's network from scratch and LoRA
-on MiniLM in their places. Figure 4 draws the same runs over the epochs.
+The paper tunes ResNet-50 in full and ViT-B/16 with LoRA on CIFAR-100. The small run has M3's network from scratch and
+LoRA on MiniLM in their places. Figure 4 draws the same runs over the epochs.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def run(lab: Lab, out: Path) -> Finding:
     words = "; ".join(f"{c.words}; {len(lab.seeds_of(c))} seeds; the batch is that of h = T" for c in found)
     places = "" if lab.scale == "paper" else " The small run has other cases than the paper's ResNet-50 and ViT-B/16."
     caption = (
-        "Above: validation accuracy after the last epoch (lines: mean and deviation over the seeds) and peak memory of a "
-        "step (bars), with batches reciprocal to the horizon. Below: process time of forward and backward for one pass "
-        f"over the data.{places} {words}.{note}"
+        "Above: validation accuracy after the last epoch (lines: mean and deviation over the seeds) and peak memory "
+        "of a step (bars), with batches reciprocal to the horizon. Below: process time of forward and backward for "
+        f"one pass over the data.{places} {words}.{note}"
     )
     tables = write_table(out / f"{NAME}.csv", rows), write_table(out / f"{NAME}-same-batch.csv", memory)
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(found, rows, memory))
@@ -113,11 +114,11 @@ def _shape(case: Case, memory: Sequence[dict[str, Any]], linear: bool) -> Claim:
     sizes = [row["bytes"] for row in mine]
     fit = line([row["h"] for row in mine], sizes)
     off = max(abs(fit.slope * row["h"] + fit.intercept - row["bytes"]) for row in mine) / statistics.fmean(sizes)
-    falls = [f"h = {b['h']}" for a, b in zip(mine, mine[1:], strict=False) if b["bytes"] < a["bytes"]]
+    falls = [f"h = {b['h']}" for a, b in pairwise(mine) if b["bytes"] < a["bytes"]]
     where = "Section 5.1, Figure 3"
     figures = (
-        f"{case.name}, batches of {case.batch}: from {sizes[0] / sizes[-1]:.2f} of BP's memory at h = 1; off a line by up "
-        f"to {off:.1%}; less than at the smaller horizon before at {', '.join(falls) or 'no horizon'}."
+        f"{case.name}, batches of {case.batch}: from {sizes[0] / sizes[-1]:.2f} of BP's memory at h = 1; off a line "
+        f"by up to {off:.1%}; less than at the smaller horizon before at {', '.join(falls) or 'no horizon'}."
     )
     if linear:
         return Claim(
@@ -170,15 +171,15 @@ def _accuracy(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
         apart = {row["h"]: row["accuracy"] for row in _of(rows, case.name, "s = h")}
         other = ", ".join(f"{value:.3f} at h = {h}" for h, value in apart.items())
         parts.append(
-            f"{case.name}: BP {exact:.3f}, h = 1 {mine[0]['accuracy']:.3f}, from T/2 on at most {max(large):.3f} below BP "
-            f"(disjoint windows {other})"
+            f"{case.name}: BP {exact:.3f}, h = 1 {mine[0]['accuracy']:.3f}, from T/2 on at most {max(large):.3f} "
+            f"below BP (disjoint windows {other})"
         )
     return Claim(
         says="The accuracy of large horizons converges to back-propagation's.",
         where="Section 5.2, Figure 3",
         rule=(
-            f"From h = T/2 on no horizon is more than {CLOSE} below back-propagation in any case: {HOLDS}; not more than "
-            f"{NEAR}: {PARTLY}; else {FAILS}."
+            f"From h = T/2 on no horizon is more than {CLOSE} below back-propagation in any case: {HOLDS}; not more "
+            f"than {NEAR}: {PARTLY}; else {FAILS}."
         ),
         found="; ".join(parts) + ".",
         verdict=judge(max(worst) <= CLOSE, max(worst) <= NEAR),

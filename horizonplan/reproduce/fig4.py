@@ -30,8 +30,8 @@ def run(lab: Lab, out: Path) -> Finding:
     _draw(found, rows, out / f"{NAME}.png")
     words = "; ".join(f"{c.words}; {len(lab.seeds_of(c))} seeds" for c in found)
     caption = (
-        "The runs of Figure 3, batches reciprocal to the horizon. Above: training loss, below: validation accuracy of each "
-        f"epoch, means over the seeds; dashed: disjoint windows. {words}.{note}"
+        "The runs of Figure 3, batches reciprocal to the horizon. Above: training loss, below: validation accuracy "
+        f"of each epoch, means over the seeds; dashed: disjoint windows. {words}.{note}"
     )
     return Finding(
         NAME, TITLE, caption, (f"{NAME}.png",), (write_table(out / f"{NAME}.csv", rows),), (_claim(found, rows),)
@@ -60,8 +60,8 @@ def _claim(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
         says="Horizons part in the first epochs; as training goes on, large ones converge to back-propagation.",
         where="Section 5.2, Figure 4",
         rule=(
-            f"The range of validation accuracies over the horizons from T/2 to T shrinks to {SHRUNK:.0%} or less from the "
-            f"first epoch to the last in every case: {HOLDS}. It does not grow in any: {PARTLY}. Else: {FAILS}."
+            f"The range of validation accuracies over the horizons from T/2 to T shrinks to {SHRUNK:.0%} or less from "
+            f"the first epoch to the last in every case: {HOLDS}. It does not grow in any: {PARTLY}. Else: {FAILS}."
         ),
         found="The range goes, in " + ", in ".join(parts) + ".",
         verdict=judge(max(shrinks.values()) <= SHRUNK, max(shrinks.values()) <= KEPT),

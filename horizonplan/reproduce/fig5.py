@@ -132,13 +132,13 @@ def run(lab: Lab, out: Path) -> Finding:
     )
     words = "; ".join(f"{lab.case(m).words}, {len(lab.seeds_of(lab.case(m)))} seeds" for m in MODELS)
     caption = (
-        "Rel (Eq. 19, 0 is the best, 1 the worst of the feasible answers), mean over the seeds; × infeasible in every "
-        f"seed, (×) in some; an infeasible answer counts {INFEASIBLE:g}. O1: 1 - ε, ε = "
-        f"{' and '.join(f'{e:g}' for e in EPSILONS)}; O2: λ = {' and '.join(f'{v:g}' for v in LAMBDAS)}. C1: linear cost, "
-        f"M0 the largest M(h); C2: ladder, M0 = {STEP_SHARE:g} of it. Below: means over a model's columns, points are seeds. "
-        "The second picture: the rate of each training run at stride 1 against the cosine² before training. "
-        "The algorithm's horizons: "
-        f"{_words_of_probes(lab)}; where its fit finds no feasible horizon, it takes the nearest. {words}."
+        "Rel (Eq. 19, 0 is the best, 1 the worst of the feasible answers), mean over the seeds; × infeasible in "
+        f"every seed, (×) in some; an infeasible answer counts {INFEASIBLE:g}. O1: 1 - ε, ε = "
+        f"{' and '.join(f'{e:g}' for e in EPSILONS)}; O2: λ = {' and '.join(f'{v:g}' for v in LAMBDAS)}. C1: linear "
+        f"cost, M0 the largest M(h); C2: ladder, M0 = {STEP_SHARE:g} of it. Below: means over a model's columns, "
+        "points are seeds. The second picture: the rate of each training run at stride 1 against the cosine² before "
+        f"training. The algorithm's horizons: {_words_of_probes(lab)}; where its fit finds no feasible horizon, it "
+        f"takes the nearest. {words}."
     )
     claims = _claims(rows, rates, best)
     return Finding(NAME, TITLE, caption, (f"{NAME}.png", f"{NAME}-rates.png"), tables, claims)
@@ -292,8 +292,8 @@ def _steadier(rows: Sequence[dict[str, Any]]) -> Claim:
         rule=f"Both its deviation of Rel and its share of infeasible answers (O1) are lower: {HOLDS}. One: {PARTLY}. "
         f"None: {FAILS}.",
         found=(
-            f"Deviation {spreads[SELECTED]:.2f} against {spreads[FF.name]:.2f}; infeasible {missed[SELECTED]:.0%} against "
-            f"{missed[FF.name]:.0%} of the answers to O1."
+            f"Deviation {spreads[SELECTED]:.2f} against {spreads[FF.name]:.2f}; infeasible {missed[SELECTED]:.0%} "
+            f"against {missed[FF.name]:.0%} of the answers to O1."
         ),
         verdict=judge(steadier and feasible, steadier or feasible),
     )
@@ -322,7 +322,7 @@ def _difficult(rows: Sequence[dict[str, Any]]) -> Claim:
     return Claim(
         says="It does better on difficult tasks (M3), and worse in Objective 1 than in Objective 2.",
         where="Section 5.3",
-        rule=f"M3 has its lowest mean Rel, and O1 a higher one than O2: {HOLDS}. One of the two: {PARTLY}. Else: {FAILS}.",
+        rule=f"M3 has its lowest mean Rel and O1 a higher one than O2: {HOLDS}. One of both: {PARTLY}. Else: {FAILS}.",
         found=f"{', '.join(f'{m} {v:.2f}' for m, v in means.items())}; O1 {goals['O1']:.2f}, O2 {goals['O2']:.2f}.",
         verdict=judge(hardest and goals["O1"] > goals["O2"], hardest or goals["O1"] > goals["O2"]),
     )
@@ -337,8 +337,8 @@ def _middle(best: Sequence[dict[str, Any]]) -> Claim:
         says="In most cases an intermediate horizon is the best choice; both ends can be.",
         where="Section 5, finding 3",
         rule=(
-            f"Of the horizons that were trained, the best by measured rate and memory is an intermediate one in more than "
-            f"{MOST:.0%} of columns and seeds: {HOLDS}. In more than {SOME:.0%}: {PARTLY}. Else: {FAILS}."
+            "Of the horizons that were trained, the best by measured rate and memory is an intermediate one in more "
+            f"than {MOST:.0%} of columns and seeds: {HOLDS}. In more than {SOME:.0%}: {PARTLY}. Else: {FAILS}."
         ),
         found=f"It is in {share:.0%}; back-propagation in {ends['BP']:.0%}, h = 1 in {ends['FF']:.0%}.",
         verdict=judge(share > MOST, share > SOME),
@@ -377,12 +377,8 @@ def _others(rows: Sequence[dict[str, Any]]) -> Claim:
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({**style.SETTINGS, "axes.grid": False}):
-        made = Figure(figsize=(11, 7), layout="constrained")
-        top, below = made.subplots(2, 1, height_ratios=(3, 2))
+    made, axes = style.figure(2, 1, 11, 7.4)
+    top, below = axes[:, 0]
     _heat_map(made, top, rows)
     colours = {**dict(zip(ORDER, style.shades(len(ORDER)), strict=True)), SELECTED: style.CHECKPOINTED}
     groups = [*((f"{model}", {"model": model}) for model in MODELS), ("all", {})]
@@ -402,6 +398,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _heat_map(made: Any, axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     grid = [[_mean(rows, name, column=column.name) for column in COLUMNS] for name in ORDER]
+    axes.grid(False)
     image = axes.imshow(grid, cmap="YlGnBu", vmin=0, vmax=INFEASIBLE, aspect="auto")
     for i, name in enumerate(ORDER):
         for j, column in enumerate(COLUMNS):

@@ -63,8 +63,9 @@ class Finding:
     def load(cls, path: Path) -> Self:
         """Read what :meth:`save` wrote."""
         read = json.loads(path.read_text())
-        claims = tuple(Claim(**claim) for claim in read.pop("claims"))
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in read.items()}, claims=claims)
+        claims = tuple(Claim(**claim) for claim in read["claims"])
+        lists = {name: tuple(read[name]) for name in ("pictures", "tables")}
+        return cls(name=read["name"], title=read["title"], caption=read["caption"], **lists, claims=claims)
 
 
 def judge(holds: bool, partly: bool) -> str:

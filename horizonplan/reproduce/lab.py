@@ -1,6 +1,7 @@
 """What an experiment works with: the cases at one scale, their data, and the pieces that several experiments share.
 
-One training run and one table of step costs are cells: whoever asks first computes them, and nobody computes them twice.
+One training run and one table of step costs are cells: whoever asks first computes them, and nobody computes
+them twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ResNet-50 and ViT-B/16 with a head of 100 classes, from weights that the user has (Hugging Face's form).
 
-Nothing is downloaded: the folder given holds ``resnet-50`` and ``vit-base-patch16-224``, each with its ``config.json`` and
-weights.
+Nothing is downloaded: the folder given holds ``resnet-50`` and ``vit-base-patch16-224``, each with its ``config.json``
+and weights.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def with_lora(model: nn.Module, targets: list[str], trained: list[str]) -> nn.Mo
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=trained or None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an outdated way
-        made: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        made: Any = peft.get_peft_model(model, config)
     inner: nn.Module = made.base_model.model
     return inner
 

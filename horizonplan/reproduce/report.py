@@ -57,10 +57,10 @@ def page(findings: Sequence[Finding], facts: Mapping[str, str], pictures: Mappin
     )
     sections = "".join(_section(found, pictures) for found in findings)
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The paper, reproduced</title><style>{STYLE}</style>"
-        f"<h1>The paper, reproduced</h1><p><em>{PAPER}</em>, its experiments run again with horizonplan. Each claim has a "
-        "verdict by a rule that stands beside it and is computed with the figures.</p>"
-        f"<table>{about}</table><h2>Claims: {said}</h2><table>{rows}</table>{sections}</html>\n"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>The paper, "
+        f"reproduced</title><style>{STYLE}</style><h1>The paper, reproduced</h1><p><em>{PAPER}</em>, its experiments "
+        "run again with horizonplan. Each claim has a verdict by a rule that stands beside it and is computed with "
+        f"the figures.</p><table>{about}</table><h2>Claims: {said}</h2><table>{rows}</table>{sections}</html>\n"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from horizonplan.reproduce import cifar, e1, e2, fig2, fig3, fig4, fig5, pretrained, theorem
+from horizonplan.reproduce import cifar, e1, e2, fig2, fig3, fig4, fig5, pretrained, style, theorem
 from horizonplan.reproduce.cases import SCALES, Scale, Sources
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import Finding
@@ -67,12 +67,12 @@ def reproduce(
 
     lab = Lab(scale, sources, Cells(folder / "cells", say), seeds, torch.device(device))
     found = []
-    for module in MODULES:
-        if module.NAME in names:
-            at = f"{module.NAME}, {next(steps)}/{len(names)}"
-            say(module.TITLE)
+    for module in (m for m in MODULES if m.NAME in names):
+        at = f"{module.NAME}, {next(steps)}/{len(names)}"
+        say(module.TITLE)
+        with style.applied():
             found.append(module.run(lab, folder))
-            found[-1].save(folder)
+        found[-1].save(folder)
     write_report(folder, _all(folder), _facts(lab))
     return found
 
@@ -106,8 +106,8 @@ def check(names: Sequence[str], scale: str, sources: Sources, seeds: int | None)
     if scale == "paper":
         if sources.images is None and (needs := (_TRAINED | _TUNED) & set(names)):
             raise cifar.CifarError(
-                f"data: scale 'paper' trains on CIFAR in {', '.join(sorted(needs))}; give its folder, --data FOLDER, or "
-                "leave these out with --only."
+                f"data: scale 'paper' trains on CIFAR in {', '.join(sorted(needs))}; give its folder, --data FOLDER, "
+                "or leave these out with --only."
             )
         if sources.images is not None and _TUNED & set(names):
             cifar.find(sources.images, 100)

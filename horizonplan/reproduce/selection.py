@@ -1,4 +1,4 @@
-"""The paper's Algorithm 1 to the letter: two polynomials through a few measurements, and the best horizon by brute force."""
+"""The paper's Algorithm 1 to the letter: two polynomials through a few measurements, then brute force."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from horizonplan.training.files import write
 INK, PALE = "#222222", "#d5dbe3"
 EXACT, CHECKPOINTED = "#111111", "#b5482a"
 MODELS = {"M1": "#3b6fb6", "M2": "#d98e2b", "M3": "#3f9b6c"}
-SETTINGS = {
+SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -30,23 +31,24 @@ SETTINGS = {
 }
 
 
+def applied() -> AbstractContextManager[None]:
+    """The settings, for as long as pictures are made."""
+    from matplotlib import rc_context
+
+    return rc_context(SETTINGS)
+
+
 def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure and its axes as an array of ``(rows, columns)``; sizes in inches."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(SETTINGS):
-        made = Figure(figsize=(width, height), layout="constrained")
-        axes = made.subplots(rows, columns, squeeze=False)
-    return made, axes
+    made = Figure(figsize=(width, height), layout="constrained")
+    return made, made.subplots(rows, columns, squeeze=False)
 
 
 def save(made: Any, path: Path) -> str:
     """Write a picture; returns the file's name."""
-    from matplotlib import rc_context
-
-    with rc_context(SETTINGS):
-        write(path, lambda file: made.savefig(file, dpi=120, format="png"))
+    write(path, lambda file: made.savefig(file, dpi=120, format="png"))
     return path.name
 
 
@@ -64,4 +66,4 @@ def horizon_colours(horizons: Sequence[int]) -> dict[int, Any]:
 
 def legend(axes: Any, **options: Any) -> None:
     """A legend in the style of all pictures."""
-    axes.legend(**{"frameon": False, "fontsize": 7.5, "handlelength": 1.8, "labelspacing": 0.3, **options})
+    axes.legend(**{"handlelength": 1.8, "labelspacing": 0.3, **options})
