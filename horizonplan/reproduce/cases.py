@@ -156,7 +156,7 @@ def _m2(scale: Scale) -> Case:
 
 
 def _mlp() -> nn.Module:
-    """M2 with smaller blocks at the start: with torch's own initial weights back-propagation diverges for some seeds."""
+    """M2 with smaller blocks at the start: with torch's initial weights back-propagation diverges for some seeds."""
     model = ResidualMLP(1, 10, 4, 13)
     with torch.no_grad():
         for block in model.blocks.children():

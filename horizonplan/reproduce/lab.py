@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -79,9 +80,8 @@ class Lab:
         return DataLoader(self.data(case).training, case.batch, shuffle=True, generator=generator)
 
     def batches(self, case: Case, seed: int, count: int) -> list[Any]:
-        """A seed's first batches, on the device."""
-        order = iter(self.loader(case, seed))
-        return [move(next(order), self.device) for _ in range(count)]
+        """A seed's first batches, at most ``count``, on the device."""
+        return [move(batch, self.device) for batch in islice(self.loader(case, seed), count)]
 
     def chain(self, case: Case, model: nn.Module, batch: Any) -> Chain:
         """The network as a chain, of the depth that the case has."""

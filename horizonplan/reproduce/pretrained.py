@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 CLASSES, SIDE, RANK = 100, 224, 8
 RESNET, VIT = "resnet-50", "vit-base-patch16-224"
+QUERY_AND_VALUE = r".*\.(query|value|q_proj|v_proj)"  # their names differ between models and versions
 EXTRA = "pip install 'horizonplan[hugging-face]'"
 
 
@@ -59,11 +60,11 @@ def vit(folder: Path | None) -> nn.Module:
         ImportError: transformers or peft is not installed.
     """
     model = _load(folder, VIT)
-    return Enlarged(with_lora(model, ["query", "value"], trained=["classifier"]))
+    return Enlarged(with_lora(model, trained=["classifier"]))
 
 
-def with_lora(model: nn.Module, targets: list[str], trained: list[str]) -> nn.Module:
-    """The model, frozen, with LoRA of rank 8 in the modules of these names; what ``trained`` names is trained whole.
+def with_lora(model: nn.Module, trained: list[str]) -> nn.Module:
+    """The model, frozen, with LoRA of rank 8 on query and value; what ``trained`` names is trained whole.
 
     Raises:
         ImportError: peft is not installed.
@@ -72,7 +73,9 @@ def with_lora(model: nn.Module, targets: list[str], trained: list[str]) -> nn.Mo
         import peft
     except ImportError as error:
         raise ImportError(f"LoRA needs peft: {EXTRA}.") from error
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=trained or None)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=QUERY_AND_VALUE, modules_to_save=trained or None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an outdated way
         made: Any = peft.get_peft_model(model, config)

@@ -74,7 +74,7 @@ def classifier(folder: Path | None) -> nn.Module:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = transformers.AutoModel.from_pretrained(place / ENCODER, local_files_only=True, add_pooling_layer=False)
-    return Classifier(with_lora(encoder, ["query", "value"], []))
+    return Classifier(with_lora(encoder, []))
 
 
 def data(folder: Path | None, training: int, validation: int) -> tuple[TensorDataset, TensorDataset]:
