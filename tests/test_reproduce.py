@@ -19,7 +19,18 @@ import horizonplan as hp
 from horizonplan.cli import app
 from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
 from horizonplan.objective import AccuracyConstraint, Weighted
-from horizonplan.reproduce import EXPERIMENTS, Claim, Finding, Sources, cases, e1, fig5, reproduce, selection, theorem
+from horizonplan.reproduce import (
+    EXPERIMENTS,
+    Claim,
+    Finding,
+    Sources,
+    cases,
+    e1,
+    reproduce,
+    scoring,
+    selection,
+    theorem,
+)
 from horizonplan.reproduce import lab as lab_module
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY
@@ -177,7 +188,7 @@ def test_relative_performance_against_a_slow_transcription():
             str(i): float(v) if generator.random() < 0.7 else None for i, v in enumerate(generator.normal(size=6))
         }
         known = [v for v in values.values() if v is not None]
-        for name, found in fig5.relative(values).items():
+        for name, found in scoring.relative(values).items():
             if values[name] is None:
                 assert found == 1.5
             else:
@@ -186,23 +197,23 @@ def test_relative_performance_against_a_slow_transcription():
 
 
 def test_relative_performance_of_ties_and_of_nothing():
-    assert fig5.relative({"a": 2.0, "b": 2.0, "c": None}) == {"a": 0.0, "b": 0.0, "c": 1.5}
-    assert fig5.relative({"a": None}) == {"a": 1.5}
+    assert scoring.relative({"a": 2.0, "b": 2.0, "c": None}) == {"a": 0.0, "b": 0.0, "c": 1.5}
+    assert scoring.relative({"a": None}) == {"a": 1.5}
 
 
 def test_worth_is_the_paper_s_objective():
-    linear, ladder = (fig5.Column("M1", cost, "O2", 0.5) for cost in ("C1", "C2"))
-    assert fig5.worth(linear, 0.8, 40, 100) == pytest.approx(-0.8 + 0.5 * 0.4)
-    assert fig5.worth(ladder, 0.8, 31, 100) == pytest.approx(-0.8 + 0.5 * 2)
-    strict = fig5.Column("M1", "C1", "O1", 0.1)
-    assert fig5.worth(strict, 0.95, 40, 100) == pytest.approx(0.4)
-    assert fig5.worth(strict, 0.85, 40, 100) is None
-    assert fig5.worth(linear, -math.inf, 40, 100) is None
+    linear, ladder = (scoring.Column("M1", cost, "O2", 0.5) for cost in ("C1", "C2"))
+    assert scoring.worth(linear, 0.8, 40, 100) == pytest.approx(-0.8 + 0.5 * 0.4)
+    assert scoring.worth(ladder, 0.8, 31, 100) == pytest.approx(-0.8 + 0.5 * 2)
+    strict = scoring.Column("M1", "C1", "O1", 0.1)
+    assert scoring.worth(strict, 0.95, 40, 100) == pytest.approx(0.4)
+    assert scoring.worth(strict, 0.85, 40, 100) is None
+    assert scoring.worth(linear, -math.inf, 40, 100) is None
 
 
 def test_there_are_twelve_cases_with_both_parameters():
-    assert len({(c.model, c.cost, c.objective) for c in fig5.COLUMNS}) == 12
-    assert len(fig5.COLUMNS) == 24
+    assert len({(c.model, c.cost, c.objective) for c in scoring.COLUMNS}) == 12
+    assert len(scoring.COLUMNS) == 24
 
 
 @pytest.mark.parametrize("objective", [AccuracyConstraint(0.2), Weighted(0.7)])
@@ -302,9 +313,9 @@ def test_runs_of_one_seed_are_equal_and_a_diverged_one_is_kept(tiny, tmp_path):
 
 def test_checkpointing_and_disjoint_windows_cost_what_their_units_say(tiny, tmp_path):
     lab = make_lab(tmp_path)
-    costs = lab.costs(lab.case("M1"), [BP, disjoint(3), *fig5.again(6)], "costs")
+    costs = lab.costs(lab.case("M1"), [BP, disjoint(3), *scoring.again(6)], "costs")
     assert (costs["BP"].units, costs["h=s=3"].units) == (3 * 6, 3 * 6 - 1)  # the stem trains
-    every, root = (costs[method.name] for method in fig5.again(6))
+    every, root = (costs[method.name] for method in scoring.again(6))
     assert every.units == root.units == 4 * 6
     assert root.bytes < costs["BP"].bytes
     assert all(len(cost.seconds) == lab_module.TIMED_ROUNDS for cost in costs.values())
@@ -364,7 +375,7 @@ def typed_numbers(path):
                 yield from re.findall(r".*\d.*", left)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "fig5_claims"])
 def test_claims_and_captions_have_no_typed_numbers(name):
     assert not list(typed_numbers(SOURCE / f"{name}.py"))
 

@@ -190,20 +190,23 @@ def _draw(found: Sequence[Case], rows: Sequence[dict[str, Any]], path: Path) -> 
     made, axes = style.figure(2, len(found), 5.2 * len(found), 5.6)
     for column, case in enumerate(found):
         top, below = axes[:, column]
-        _bars(top.twinx(), case, rows, "bytes", 2**20, "memory of a step (MiB)")
+        beside = top.twinx()
+        _bars(beside, case, rows, "bytes", 2**20, "memory of a step (MiB)")
+        beside.set_ylim(0, 1.2 * beside.get_ylim()[1])
         for kind, colour, mark in (("s = 1", "#3b6fb6", "o"), ("s = h", "#d98e2b", "s")):
             mine = _of(rows, case.name, kind)
             values, errors = [r["accuracy"] for r in mine], [r["accuracy_sd"] for r in mine]
             top.errorbar(
                 [r["h"] for r in mine], values, errors, fmt=f"{mark}-", ms=5, capsize=2, color=colour, label=kind
             )
-        top.set(ylabel="validation accuracy", ylim=(0, 1.02))
+        top.set(ylabel="validation accuracy", ylim=(0, 1.18))
         top.set_title(f"{case.name}: {case.title}")
         top.set_zorder(2)
         top.patch.set_visible(False)
-        style.legend(top, loc="lower right")
+        style.legend(top, loc="upper left", ncols=2)
         _bars(below, case, rows, "seconds_per_pass", 1, "process seconds for one pass")
-        below.legend(frameon=False, fontsize=7.5)
+        below.set_ylim(0, 1.3 * below.get_ylim()[1])
+        style.legend(below, loc="upper left", ncols=3)
         for panel in (top, below):
             panel.set_xticks(case.horizons, [str(h) for h in case.horizons])
             panel.set_xlabel("horizon h (the last is BP)")
