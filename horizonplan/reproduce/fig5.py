@@ -77,10 +77,11 @@ def run(lab: Lab, out: Path) -> Finding:
         "Rel (Eq. 19, 0 is the best, 1 the worst of the feasible answers), mean over the seeds; ×: infeasible in every "
         f"seed, after a number in some; an infeasible answer counts {INFEASIBLE:g}. O1: 1 - ε, ε = {_all(EPSILONS)}; "
         f"O2: λ = {_all(LAMBDAS)}. C1: linear cost, M0 the largest M(h); C2: ladder, M0 = {STEP_SHARE:g} of it. "
-        f"'{AGAIN}': the smaller memory of every block and every root of T. Below: means over a model's columns, points "
-        "are seeds. The second picture: the rate of each training run at stride 1 against cos² before training. "
+        f"'{AGAIN}': the smaller memory of every block and every root of T. Below: means over a model's columns, "
+        "points are seeds. The second picture: the rate of each training run at stride 1 against cos² before training. "
         f"The algorithm measures at h = {_words_of_probes(lab)}; where its fit finds no feasible horizon, it takes the "
-        f"nearest. {words}."
+        "nearest. "
+        f"{words}."
     )
     claims = fig5_claims.claims(rows, rates, best)
     return Finding(NAME, TITLE, caption, (f"{NAME}.png", f"{NAME}-rates.png"), tables, claims)
