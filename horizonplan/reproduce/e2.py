@@ -160,11 +160,11 @@ def _draw(lab: Lab, rows: Sequence[dict[str, Any]], path: Path) -> None:
                     panel.plot(epochs, [values[e][seed] for e in epochs], color=colours[h], alpha=0.3, lw=0.5)
             panel.set(yscale="log", xlabel="epoch")
             panel.set_title(f"{model}: {case.title}, {kind}")
-            panel.yaxis.set_minor_formatter("")
             style.legend(panel, ncols=2)
             limits.append(panel.get_ylim())
         for panel in axes[:, column]:
             panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+            style.log_ticks(panel)
     for panel in axes[:, 0]:
         panel.set_ylabel("training loss")
     style.save(made, path)

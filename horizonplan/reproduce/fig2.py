@@ -158,11 +158,7 @@ def _draw(lab: Lab, rows: Sequence[dict[str, Any]], path: Path) -> None:
         ticks = [left for left in (1, 2, 3, 5, 8, 12, 20, 29) if left <= max(lefts)]
         panel.set_xticks(ticks, [str(t) for t in ticks])
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        panel.yaxis.set_minor_formatter("")
-        low, high = panel.get_ylim()
-        if high / low < 50:  # hardly a power of ten in sight
-            marks = [m for m in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if low < m < high]
-            panel.set_yticks(marks, [f"{m:g}" for m in marks])
+        style.log_ticks(panel)
         style.legend(panel, loc="lower right")
     axes[0, 0].set_ylabel("1 - cos(θ)")
     style.save(made, path)

@@ -181,7 +181,10 @@ def _accuracy(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
             f"From h = T/2 on no horizon is more than {CLOSE} below back-propagation in any case: {HOLDS}; not more "
             f"than {NEAR}: {PARTLY}; else {FAILS}."
         ),
-        found="; ".join(parts) + ".",
+        found=(
+            "; ".join(parts) + ". At one learning rate and as many epochs, a larger batch also means fewer steps: the "
+            "smaller the horizon, the less it has been trained."
+        ),
         verdict=judge(max(worst) <= CLOSE, max(worst) <= NEAR),
     )
 

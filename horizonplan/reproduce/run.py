@@ -138,8 +138,8 @@ def _facts(lab: Lab) -> dict[str, str]:
         "scale": lab.scale,
         "seeds": seeds,
         "this run": (
-            f"{lab.cells.computed} cells computed and {lab.cells.found} read again; together {minutes:.1f} minutes of "
-            "process time when they were computed"
+            f"{len(lab.cells.seconds)} cells, {lab.cells.computed} of them computed by the last call; all together "
+            f"{minutes:.1f} minutes of process time when they were computed"
         ),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, on {lab.device}",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",

@@ -12,6 +12,7 @@ from horizonplan.training.files import write
 INK, PALE = "#222222", "#d5dbe3"
 EXACT, CHECKPOINTED = "#111111", "#b5482a"
 MODELS = {"M1": "#3b6fb6", "M2": "#d98e2b", "M3": "#3f9b6c"}
+FEW_POWERS = 50  # of a logarithmic axis' ends
 SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -49,7 +50,7 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 def save(made: Any, path: Path) -> str:
     """Write a picture; returns the file's name."""
-    write(path, lambda file: made.savefig(file, dpi=120, format="png"))
+    write(path, lambda file: made.savefig(file, dpi=110, format="png"))
     return path.name
 
 
@@ -63,6 +64,15 @@ def shades(count: int) -> list[Any]:
 def horizon_colours(horizons: Sequence[int]) -> dict[int, Any]:
     """A colour for each horizon; the last one, back-propagation, is black."""
     return {**dict(zip(horizons[:-1], shades(len(horizons) - 1), strict=True)), horizons[-1]: EXACT}
+
+
+def log_ticks(axes: Any) -> None:
+    """Labels on a logarithmic y axis that has hardly a power of ten in sight."""
+    axes.yaxis.set_minor_formatter("")
+    low, high = axes.get_ylim()
+    if high / low < FEW_POWERS:
+        marks = [m * 10**power for power in (-3, -2, -1, 0) for m in (1, 2, 5) if low < m * 10**power < high]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
 
 
 def legend(axes: Any, **options: Any) -> None:
