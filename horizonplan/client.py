@@ -1,8 +1,10 @@
 """A client of ``horizonplan serve``: the calls of a script that asks for plans.
 
-client = hp.client.Client("http://127.0.0.1:8000")
-plan = client.plan(12, [1, 4, 8, 12], memory_bytes, cosine, hp.AccuracyConstraint(0.1))
-cheaper = client.replan(plan.id, hp.AccuracyConstraint(0.3))
+::
+
+    client = hp.client.Client("http://127.0.0.1:8000")
+    plan = client.plan(12, [1, 4, 8, 12], memory_bytes, cosine, hp.AccuracyConstraint(0.1))
+    cheaper = client.replan(plan.id, hp.AccuracyConstraint(0.3))
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from horizonplan.measured import Card, Strided
 from horizonplan.objective import InfeasibleError, Objective
 from horizonplan.plan import Plan
 from horizonplan.rows import Row
+
+__all__ = ["Client", "JobError", "ServiceError", "StoredPlan"]
 
 FINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5
@@ -89,6 +93,8 @@ class Client:
     ) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.url = url
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} names no protocol; give one such as http://127.0.0.1:8000")
         try:
             self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
         except (httpx2.InvalidURL, UnicodeEncodeError) as error:
@@ -248,6 +254,9 @@ def _plan(data: Mapping[str, Any]) -> StoredPlan:
 
 def _judged(objective: Objective | None, cost: Cost | None, cards: Sequence[Card]) -> dict[str, Any]:
     """What is asked for, as JSON-ready values without what is left open."""
+    for card in cards:
+        if not isinstance(card, Card):
+            raise TypeError(f"cards holds {card!r}; give horizonplan.measured.Card(name, memory_bytes, price)")
     asked: dict[str, Any] = {"cards": [asdict(card) for card in cards]}
     if objective is not None:
         asked["objective"] = objective.to_dict()

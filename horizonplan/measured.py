@@ -221,7 +221,7 @@ def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row
     """The choice and the judged rows: h at stride 1, then its stride where short runs measured several."""
     judged = evaluate(rows, objective, price)
     plain = [row for row in judged if row.stride == 1]
-    best = choose_horizon([row for row in plain if row.feasible] or plain, objective, price)
+    best = choose_horizon([row for row in plain if row.feasible and not row.reference] or plain, objective, price)
     if best.recompute:
         return best, judged
     same = [row for row in judged if row.horizon == best.horizon and not row.recompute and not row.reference]

@@ -143,7 +143,7 @@ def plan_horizon(
         judge = replace(judge, node_bytes=_node_bytes(place, card))
         found = settle(probing, judge, places, probe_steps)
         chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
-        report(f"short runs at h={chosen.horizon}" if chosen.horizon < chain.depth else "no short runs: exact")
+        report(_next_stage(chosen.horizon, chain.depth, rollout_steps))
         order = taken(loader, rollout_steps) if rollout_steps else []
         decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
         report("memory of the choice")
@@ -220,6 +220,12 @@ def _chain(
     with fitting(place):
         chain, flops = counted_chain(make)
     return chain, limit, flops
+
+
+def _next_stage(horizon: int, depth: int, rollout_steps: int) -> str:
+    if horizon == depth:
+        return "no short runs: exact"
+    return f"short runs at h={horizon}" if rollout_steps else f"no short runs: the first stride at h={horizon}"
 
 
 def _node_bytes(place: torch.device, card: Card | None) -> int | None:

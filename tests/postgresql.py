@@ -14,7 +14,10 @@ import pytest
 
 @contextmanager
 def postgresql():
-    """The URL of an empty database; the test is skipped where PostgreSQL is not installed."""
+    """The URL of an empty database, and a function that ends its server as a crash does.
+
+    The test is skipped where PostgreSQL is not installed.
+    """
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not programs:
         pytest.skip("PostgreSQL is not installed")
@@ -30,7 +33,14 @@ def postgresql():
 
         run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
         run("pg_ctl", "start", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses='' -c fsync=off -k {folder}")
-        try:
-            yield f"postgresql://tester@/postgres?host={folder}"
-        finally:
+        crashed = []
+
+        def crash():
             run("pg_ctl", "stop", "-m", "immediate")
+            crashed.append(True)
+
+        try:
+            yield f"postgresql://tester@/postgres?host={folder}", crash
+        finally:
+            if not crashed:
+                crash()

@@ -1,15 +1,10 @@
 """``horizonplan plan --server``: measured here, judged by a service in a process of its own."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
+from served import served
 from typer.testing import CliRunner
 
 import horizonplan as hp
@@ -46,35 +41,16 @@ def run(*words, code=0):
     return result
 
 
-@pytest.fixture
-def server(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"HORIZONPLAN_DATABASE_URL": f"sqlite:///{tmp_path}/served.sqlite3"}
-    command = [sys.executable, "-m", "horizonplan", "serve", "--port", str(port)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/livez", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 8])
-def test_the_service_s_plan_of_what_was_measured_here(server, tmp_path, steps):
+def test_the_service_s_plan_of_what_was_measured_here(tmp_path, steps):
     words = ["--horizons", "1,2,3,4,5", "--rollout-steps", steps, "--epsilon", "0.5", "--unit-cost", "3", "--json"]
     here = hp.Plan.from_dict(json.loads(run(*words).stdout))
-    result = run(*words, "--server", server, "--out", tmp_path / "plan.json")
+    with served(tmp_path) as (address, _):
+        result = run(*words, "--server", address, "--out", tmp_path / "plan.json")
+        kept = result.stderr.partition("keeps this plan as ")[2].split()[0]
+        with Client(address) as client:
+            stored = client.get_plan(kept)
     there = hp.Plan.load(tmp_path / "plan.json")
     assert json.loads(result.stdout) == json.loads((tmp_path / "plan.json").read_text())
     expected = plan_from_measurements(**measurements_of(here), objective=here.objective, cost=hp.LinearCost(3.0))
@@ -85,9 +61,7 @@ def test_the_service_s_plan_of_what_was_measured_here(server, tmp_path, steps):
     assert (there.objective, there.cost) == (expected.objective, expected.cost)
     assert there.block_names == here.block_names
     assert "Measured with adamw" in there.explain()
-    kept = result.stderr.partition("keeps this plan as ")[2].split()[0]
-    with Client(server) as client:
-        assert client.get_plan(kept).rows == there.rows
+    assert stored.rows == there.rows
 
 
 def test_a_service_that_is_not_there_is_told_in_one_line():

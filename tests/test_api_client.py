@@ -152,3 +152,12 @@ def test_no_service_is_told_in_words():
     with pytest.raises(ServiceError, match="no answer") as refused, Client("http://127.0.0.1:9", timeout=5) as client:
         client.get_plan("p")
     assert refused.value.status is None
+
+
+def test_what_cannot_be_sent_is_refused_here():
+    with pytest.raises(ValueError, match="names no protocol"):
+        Client("localhost:8000")
+    client, asked = answering()
+    with pytest.raises(TypeError, match="cards holds"):
+        client.replan("0" * 32, cards=[{"name": "a", "memory_bytes": 1, "price": 1}])
+    assert asked == []

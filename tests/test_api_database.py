@@ -1,22 +1,17 @@
 """The database under strain: locked, full, migrated by several at once; SQLite and a real PostgreSQL."""
 
-import os
-import pwd
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from postgresql import postgresql
 from starlette.testclient import TestClient
 
 from horizonplan.api import Settings, create_app, security
@@ -181,88 +176,44 @@ def test_several_processes_migrate_one_file(file):
     assert current == wanted
 
 
-def server_program(name):
-    """A program of Debian's packages."""
-    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    return str(found[-1]) if found else shutil.which(name)
-
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
-    """The URL of a new server, and its process: run by nobody, as it refuses to be run by root."""
-    initdb, postgres = server_program("initdb"), server_program("postgres")
-    if not initdb or not postgres:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    as_root = os.getuid() == 0
-    user = pwd.getpwnam("nobody") if as_root else pwd.getpwuid(os.getuid())
-    demoted = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if as_root else {}
-    folder = Path(tmp_path_factory.mktemp("postgresql", numbered=True))
-    for part in (folder, *[p for p in folder.parents if p.name.startswith("pytest-")]):
-        part.chmod(0o755)  # that user must reach it
-    os.chown(folder, user.pw_uid, user.pw_gid)
-    data = folder / "data"
-    subprocess.run(
-        [initdb, "-D", data, "-U", "horizonplan", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"],
-        check=True,
-        capture_output=True,
-        timeout=120,
-        cwd=folder,
-        **demoted,
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [postgres, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, cwd=folder, **demoted)
-    url = f"postgresql://horizonplan@127.0.0.1:{port}/postgres"
-    try:
-        for _ in range(300):
-            try:
-                probe = Database(url, 1.0)
-                with probe.read() as connection:
-                    connection.execute(sqlalchemy.text("SELECT 1"))
-                probe.close()
-                break
-            except sqlalchemy.exc.OperationalError:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.1)
-        yield url, process
-    finally:
-        process.send_signal(signal.SIGINT)  # a fast shutdown
-        process.wait(timeout=30)
-
-
 @pytest.mark.slow
-def test_postgresql_keeps_plans_and_keys(postgresql):
-    url, process = postgresql
-    upgrade_at_once(url, 3)
-    with TestClient(create_app(Settings(database_url=url, busy_seconds=1.0))) as client:
-        database = client.app.state.database
-        with database.read() as connection:
-            context = MigrationContext.configure(connection, opts={"compare_type": True})
-            assert compare_metadata(context, metadata) == []
-        assert client.get("/readyz").status_code == 200
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: post(client), range(24)))
-        assert [answer.status_code for answer in answers] == [201] * 24
-        first = answers[0].json()
-        assert client.get(f"/v1/plans/{first['id']}").json() == first
-        asked = {"objective": {"kind": "weighted", "lam": 1}}
-        assert client.post(f"/v1/plans/{first['id']}/replan", json=asked).json()["parent"] == first["id"]
-        page = client.get("/v1/plans?limit=20").json()
-        rest = client.get("/v1/plans", params={"limit": 20, "cursor": page["next_cursor"]}).json()
-        assert len({item["id"] for item in page["items"] + rest["items"]}) == 25
-        assert client.get("/v1/plans/%00").status_code == 404  # PostgreSQL knows no NUL in a text
-        key = security.new_key(database, "mine")
-        with pytest.raises(ValueError, match="there is a key of that name"):
-            security.new_key(database, "mine")
-        assert security.is_key(database, key)
-        lock_and_write(client, database)
-        process.send_signal(signal.SIGQUIT)  # at once, as in a crash
-        process.wait(timeout=30)
-        refused_as(post(client), 503, "busy")
-        assert client.get("/readyz").json()["checks"]["database"] != "ok"
+def test_postgresql_keeps_plans_and_keys():
+    with postgresql() as (url, crash):
+        upgrade_at_once(url, 3)
+        with TestClient(create_app(Settings(database_url=url, busy_seconds=1.0))) as client:
+            plans_are_kept(client)
+            keys_are_kept(client.app.state.database)
+            lock_and_write(client, client.app.state.database)
+            crash()
+            refused_as(post(client), 503, "busy")
+            assert client.get("/readyz").json()["checks"]["database"] != "ok"
+
+
+def plans_are_kept(client):
+    """The tables are as they should be; plans are made at once, read, judged anew and listed."""
+    with client.app.state.database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    assert client.get("/readyz").status_code == 200
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: post(client), range(24)))
+    assert [answer.status_code for answer in answers] == [201] * 24
+    first = answers[0].json()
+    assert client.get(f"/v1/plans/{first['id']}").json() == first
+    asked = {"objective": {"kind": "weighted", "lam": 1}}
+    assert client.post(f"/v1/plans/{first['id']}/replan", json=asked).json()["parent"] == first["id"]
+    page = client.get("/v1/plans?limit=20").json()
+    rest = client.get("/v1/plans", params={"limit": 20, "cursor": page["next_cursor"]}).json()
+    assert len({item["id"] for item in page["items"] + rest["items"]}) == 25
+    assert client.get("/v1/plans/%00").status_code == 404  # PostgreSQL knows no NUL in a text
+
+
+def keys_are_kept(database):
+    """A key is known, and its name is taken."""
+    key = security.new_key(database, "mine")
+    with pytest.raises(ValueError, match="there is a key of that name"):
+        security.new_key(database, "mine")
+    assert security.is_key(database, key)
 
 
 def lock_and_write(client, database):

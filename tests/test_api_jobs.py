@@ -14,11 +14,12 @@ from api_jobs import PLAN, TINY, opened, settings_for, wait_for
 from sqlalchemy import event, func, select
 from starlette.testclient import TestClient
 
-from horizonplan.api import create_app, database, queue
+from horizonplan.api import create_app, database, jobs, queue
+from horizonplan.api.server import Server
 
 BERT = {"kind": "BertConfig"}
 ONE_BLOCK = "architecture.blocks_per_stage"
-NUMBERS = "architecture.BertConfig.numbers"
+NUMBERS = "architecture.numbers"
 
 
 @pytest.fixture
@@ -71,13 +72,13 @@ def test_a_job_from_its_submission_to_its_plan(app, client):
     ("changes", "field"),
     [
         ({"architecture": {"kind": "pickle", "url": "http://localhost/"}}, "architecture"),
-        ({"architecture": {"kind": "residual-mlp", "code": "import os"}}, "architecture.residual-mlp.code"),
-        ({"architecture__depth": 257}, "architecture.residual-mlp.depth"),
-        ({"architecture__depth": "3"}, "architecture.residual-mlp.depth"),
-        ({"architecture__depth": 1e400}, "architecture.residual-mlp.depth"),
-        ({"architecture__width": 0}, "architecture.residual-mlp.width"),
-        ({"architecture__width": -8}, "architecture.residual-mlp.width"),
-        ({"architecture__width": 2.5}, "architecture.residual-mlp.width"),
+        ({"architecture": {"kind": "residual-mlp", "code": "import os"}}, "architecture.code"),
+        ({"architecture__depth": 257}, "architecture.depth"),
+        ({"architecture__depth": "3"}, "architecture.depth"),
+        ({"architecture__depth": 1e400}, "architecture.depth"),
+        ({"architecture__width": 0}, "architecture.width"),
+        ({"architecture__width": -8}, "architecture.width"),
+        ({"architecture__width": 2.5}, "architecture.width"),
         ({"architecture__width": 16_384, "architecture__depth": 256}, "architecture"),  # 7e10 parameters
         ({"architecture": {"kind": "transformer", "width": 10, "heads": 4}}, "architecture.heads"),
         ({"architecture": {"kind": "character-gpt", "width": 10, "heads": 4}}, "architecture.heads"),
@@ -101,7 +102,7 @@ def test_a_job_from_its_submission_to_its_plan(app, client):
         ({"architecture": BERT | {"length": 513}}, "architecture.length"),
         ({"batch_size": 65_536, "architecture__in_features": 65_536}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
-        ({"objective__lam": float("nan")}, "objective.weighted.lam"),
+        ({"objective__lam": float("nan")}, "objective.lam"),
         ({"device": "cuda"}, "device"),
         ({"device": "simulated:24GiB"}, "objective.kind"),
         ({"seed": -1}, "seed"),
@@ -166,7 +167,7 @@ def test_lists_go_on_where_they_were(app, client):
     assert found == ids[::-1]
     assert last["next_cursor"] is None
     assert [job["id"] for job in client.get("/v1/jobs", params={"state": "succeeded"}).json()["items"]] == ids[:1]
-    for cursor in ("", "x", first["next_cursor"] + "A", "cGxhbjox"):  # the last is plan:1
+    for cursor in ("", "x", first["next_cursor"] + "A", "job-0", "job--1", "plan-1"):
         assert client.get("/v1/jobs", params={"cursor": cursor}).status_code == 422
 
 
@@ -282,12 +283,6 @@ def test_events_of_a_job_that_has_ended(app, client):
 @contextmanager
 def served(app):
     """The application on a port of this machine; at the end it is told to stop as a signal does."""
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            app.state.stopping.set()
-            await super().shutdown(sockets)
-
     server = Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -339,6 +334,16 @@ def test_events_come_while_they_happen(app, tmp_path):
                 queue.succeed(connection, mine, PLAN, time.time())
             assert next_kind(stream) == "succeeded"
             assert stream.read() == b""  # it ends with the job
+
+
+def test_a_stream_without_events_says_that_it_is_there(app, monkeypatch):
+    monkeypatch.setattr(jobs, "_SILENT_SECONDS", 0.05)
+    with opened(app.state.settings) as store, served(app) as (port, _):
+        with store.write() as connection:
+            job_id = queue.submit(connection, json.dumps(TINY), 1, time.time())
+        with followed(port, job_id) as stream:
+            assert next_kind(stream) == "queued"
+            assert stream.readline().startswith(b":")
 
 
 def test_many_streams_hold_no_connections_and_end_with_the_server(app):

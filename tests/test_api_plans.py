@@ -22,6 +22,7 @@ ASKED = {
     "objective": {"kind": "accuracy", "epsilon": 0.1},
     "cost": {"kind": "linear", "unit_cost": 1.0, "node_memory_bytes": None},
 }
+JSON = {"content-type": "application/json"}
 EXTRA = {"id", "created", "parent", "card"}
 
 
@@ -108,20 +109,24 @@ BAD = [
     ({"depth": True}, "depth"),
     ({"depth": 10**6}, "depth"),
     ({"depth": 2000}, "depth"),
-    ({"horizons": [1, 4, 4, 12]}, "horizons"),
-    ({"horizons": [1, 4, 8, 13]}, "horizons"),
+    ({"horizons": [1, 4, 4, 12]}, "horizons[2]"),
+    ({"horizons": [1, 4, 8, 13]}, "horizons[3]"),
     ({"horizons": [0, 4, 8, 12]}, "horizons[0]"),
     ({"horizons": [1, 4, 8]}, "memory_bytes"),
     ({"memory_bytes": [1, 2, 3, -4]}, "memory_bytes[3]"),
-    ({"memory_bytes": [1, 2, 3, 2**61]}, "memory_bytes[3]"),
+    ({"memory_bytes": [1, 2, 3, 2**53 + 1]}, "memory_bytes[3]"),
     ({"memory_bytes": [1, 2, 3, "4"]}, "memory_bytes[3]"),
     ({"cosine": [0.1, 0.2, 0.3, 1.1]}, "cosine[3]"),
     ({"cosine": [0.1, 0.2, 0.3, math.nan]}, "cosine[3]"),
     ({"cosine": [0.1, 0.2, 0.3, math.inf]}, "cosine[3]"),
-    ({"objective": {"kind": "accuracy", "epsilon": -1}}, "epsilon"),
-    ({"objective": {"kind": "memory", "limit_bytes": math.inf}}, "limit_bytes"),
+    ({"objective": {"kind": "accuracy", "epsilon": -1}}, "objective.epsilon"),
+    ({"objective": {"kind": "memory", "limit_bytes": math.inf}}, "objective.limit_bytes"),
     ({"objective": {"kind": "luck"}}, "objective"),
-    ({"cost": {"kind": "linear", "unit_cost": 0}}, "unit_cost"),
+    ({"cost": {"kind": "linear", "unit_cost": 0}}, "cost.unit_cost"),
+    ({"objective": {"kind": "accuracy"}}, "objective.epsilon"),
+    ({"objective": {"epsilon": 0.1}}, "objective"),
+    ({"objective": {"kind": "memory", "memory": 1}}, "objective.memory"),
+    ({"cards": [{"name": "a", "memory_bytes": 1, "price": "1"}]}, "cards[0].price"),
     ({"horizon": [1]}, "horizon"),
 ]
 
@@ -129,13 +134,21 @@ BAD = [
 @pytest.mark.parametrize(("changes", "field"), BAD, ids=[f"{field} {change}"[:50] for change, field in BAD])
 def test_what_cannot_be_is_refused_with_the_field_named(client, changes, field):
     body = json.dumps(ASKED | changes)  # NaN and Infinity as Python writes them
-    answer = client.post("/v1/plans", content=body, headers={"content-type": "application/json"})
+    answer = client.post("/v1/plans", content=body, headers=JSON)
     assert answer.status_code == 422, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
     assert problem["status"] == 422
-    assert field in json.dumps(problem["errors"])
+    assert field in [error["field"] for error in problem["errors"]]
     assert client.get("/v1/plans").json()["items"] == []
+
+
+def test_a_name_that_is_given_twice_is_refused(client):
+    """Which of the two is meant nobody knows."""
+    body = json.dumps(ASKED).replace('"epsilon": 0.1', '"epsilon": 0.9, "epsilon": 0.1')
+    answer = client.post("/v1/plans", content=body, headers=JSON)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"] == [{"field": "epsilon", "message": "the name is given twice in one object"}]
 
 
 def test_what_nothing_meets_is_told_with_the_nearest(client):
@@ -152,9 +165,12 @@ def test_what_nothing_meets_is_told_with_the_nearest(client):
         (lambda c: c.get("/nowhere"), 404),
         (lambda c: c.delete("/v1/plans"), 405),
         (lambda c: c.post("/v1/plans", content=b"{}", headers={"content-type": "text/plain"}), 415),
-        (lambda c: c.post("/v1/plans", content=b"{", headers={"content-type": "application/json"}), 400),
-        (lambda c: c.post("/v1/plans", content=b"[" * 10**5, headers={"content-type": "application/json"}), 400),
-        (lambda c: c.post("/v1/plans", content=b" " * 2**21, headers={"content-type": "application/json"}), 413),
+        (lambda c: c.post("/v1/plans", content=b"{", headers=JSON), 400),
+        (lambda c: c.post("/v1/plans", content=b"[" * 10**5, headers=JSON), 400),
+        (lambda c: c.post("/v1/plans", content=b"\xff\xfe{", headers=JSON), 400),
+        (lambda c: c.post("/v1/plans", content=b"9" * 5000, headers=JSON), 400),
+        (lambda c: c.post("/v1/plans", content=iter([b" " * 2**20] * 2), headers=JSON), 413),
+        (lambda c: c.post("/v1/plans", content=b" " * 2**21, headers=JSON), 413),
         (lambda c: c.get("/v1/plans", headers={"host": "evil.example"}), 403),
         (lambda c: c.post("/v1/plans", json=ASKED, headers={"sec-fetch-site": "cross-site"}), 403),
     ],

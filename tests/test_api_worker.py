@@ -227,7 +227,7 @@ def test_a_job_that_was_taken_away_is_let_go(store, settings):
     wait_for(lambda: job(store, job_id).state == "running")
     with store.write() as connection:
         later = time.time() + 3600
-        assert queue.rescue(connection, 2, later) == 1
+        assert queue.rescue(connection, 2, 60.0, later) == 1
         mine = queue.claim(connection, "another", 60.0, time.time())
     thread.join(20)
     assert not thread.is_alive()
@@ -365,6 +365,7 @@ def test_every_kind_of_job(tmp_path, monkeypatch, architecture, device):
     assert (architectures.RANDOM_DATA in plan["notes"]) == random_data
 
 
+@pytest.mark.slow
 def test_a_real_job(store, settings):
     """The whole way: a small network, measured by the real program within the real limits."""
     asked = JobRequest.model_validate_json(json.dumps(TINY))

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -270,3 +271,11 @@ def test_cards_that_are_none_are_refused(cards, field):
     with pytest.raises(MeasurementError) as error:
         replan_for_cards(plan_from_measurements(*POINTS), cards)
     assert error.value.field == field
+
+
+def test_a_reference_does_not_make_an_objective_feasible():
+    plan = plan_from_measurements(*POINTS)
+    least = min(row.memory_bytes for row in plan.rows)
+    checkpointed = replace(plan.rows[-1], recompute=1, memory_bytes=least - 1, reference=True)
+    with pytest.raises(hp.InfeasibleError):
+        replan(replace(plan, rows=(*plan.rows, checkpointed)), hp.MemoryLimit(least - 1))

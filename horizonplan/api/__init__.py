@@ -39,7 +39,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = health.Metrics()
     app.state.stopping = asyncio.Event()
     app.state.watcher = Watcher(app.state.database, app.state.stopping, settings.jobs.poll_seconds)
-    app.state.new_plans = Batches(partial(plans.make_and_store, app.state.database))
+    app.state.new_plans = Batches(plans.make_all, partial(plans.store_all, app.state.database))
     app.state.checks = health.checks(settings, app.state.database)
     problems.add_handlers(app)
     problems.document(app)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from horizonplan.api.settings import Settings
 
@@ -36,15 +36,20 @@ def beside(settings: Settings) -> Iterator[None]:
 
 def _keep(settings: Settings, stop: threading.Event) -> None:
     while not stop.is_set():
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "horizonplan.api.worker", "--beside"], stdin=subprocess.PIPE, start_new_session=True
-        )
-        assert worker.stdin is not None
         try:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "horizonplan.api.worker", "--beside"],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            logger.warning("no worker process can be started: %s", error)
+            stop.wait(_AGAIN_SECONDS)
+            continue
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, see below
             worker.stdin.write(settings.model_dump_json().encode() + b"\n")
             worker.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, see below
         while worker.poll() is None and not stop.wait(0.1):
             pass
         if worker.poll() is None:
@@ -52,7 +57,8 @@ def _keep(settings: Settings, stop: threading.Event) -> None:
         else:
             logger.warning("worker process %d ended with code %d", worker.pid, worker.returncode)
             stop.wait(_AGAIN_SECONDS)
-        worker.stdin.close()
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:

@@ -63,11 +63,17 @@ def limit(limits: dict[str, int]) -> None:
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
         (resource.RLIMIT_CORE, 0),
     ):
-        highest = resource.getrlimit(what)[1]
-        most = most if highest == resource.RLIM_INFINITY else min(most, highest)
+        most = _allowed(what, most)
         resource.setrlimit(what, (most, most))
     seconds = limits["cpu_seconds"]
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # told by SIGXCPU first, which says what it was
+    last = _allowed(resource.RLIMIT_CPU, seconds + 5)
+    resource.setrlimit(resource.RLIMIT_CPU, (min(seconds, last), last))  # told by SIGXCPU first, which says what it was
+
+
+def _allowed(what: int, most: int) -> int:
+    """A limit that is not above the one there is."""
+    highest = resource.getrlimit(what)[1]
+    return most if highest == resource.RLIM_INFINITY else min(most, highest)
 
 
 def confine(folder: str) -> bool:

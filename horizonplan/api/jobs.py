@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, WithJsonSchema
 from sqlalchemy import Row, select
 from sqlalchemy.exc import DBAPIError
@@ -16,16 +16,18 @@ from starlette.concurrency import run_in_threadpool
 from horizonplan.api import architectures, database, queue
 from horizonplan.api.architectures import JobRequest
 from horizonplan.api.database import Database, now
-from horizonplan.api.paging import cursor_of, iso, number_of
+from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
 from horizonplan.api.problems import Problem, responses
 from horizonplan.api.security import JsonRoute
 from horizonplan.api.watching import Watcher
 
+Cursor = Annotated[str | None, cursor_query("job")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=JsonRoute)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 _RETRY_SECONDS = 10
 _EVENTS_AT_ONCE = 500
+_SILENT_SECONDS = 15.0  # after which a stream says that it is still there, so that nothing between takes it for dead
 
 
 class JobError(BaseModel):
@@ -61,7 +63,20 @@ ACCEPTED: dict[str, Any] = {
     "description": "The job waits for a worker.",
     "headers": {"Location": {"description": "Where it can be read.", "schema": {"type": "string"}}},
 }
-STREAM = "The job's events: their numbers are ids, their kinds names, their data JSON objects."
+EVENTS = "text/event-stream"
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "The state that begins, `progress`, `requeued` or `cancelling`."},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "id": {"type": "string", "pattern": "^[1-9][0-9]*$", "description": "Its number."},
+    },
+    "required": ["event", "data", "id"],
+}
+STREAM: dict[str, Any] = {
+    "description": "The job's events, in order, until its end.",
+    "content": {EVENTS: {"itemSchema": EVENT}},  # a word of OpenAPI 3.2
+}
 
 
 @router.post("", status_code=202, responses={202: ACCEPTED, **responses(415, 422, 429, 507)}, response_model=None)
@@ -85,7 +100,7 @@ def list_jobs(
     request: Request,
     state: Annotated[State | None, Query(description="Only these.")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="The most to answer with.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the last answer.")] = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The jobs, the newest first. Those submitted in between move nothing."""
     table = database.jobs
@@ -93,7 +108,7 @@ def list_jobs(
     if state is not None:
         asked = asked.where(table.c.state == state)
     if cursor is not None:
-        asked = asked.where(table.c.number < number_of("job", cursor))
+        asked = asked.where(table.c.number < number_of(cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
     after = cursor_of("job", found[limit - 1].number) if len(found) > limit else None
@@ -135,19 +150,23 @@ def _find(job_id: str, request: Request) -> Row[Any]:
 
 @router.get(
     "/{job_id}/events",
-    response_class=EventSourceResponse,
     dependencies=[Depends(_find)],
-    responses={200: {"description": STREAM}, **responses(404, 422)},
+    responses={200: STREAM, **responses(404, 422)},
+    response_model=None,
 )
 async def follow(
     job_id: str,
     request: Request,
     last_event_id: Annotated[int, Header(ge=0, lt=2**31, description="The last number that was read.")] = 0,
-) -> AsyncIterator[ServerSentEvent]:
+) -> Response:
     """A job's events from the beginning, or after `Last-Event-ID`, until its end."""
+    unbuffered = {"X-Accel-Buffering": "no"}  # for nginx
+    return StreamingResponse(_stream(request, job_id, last_event_id), headers=unbuffered, media_type=EVENTS)
+
+
+async def _stream(request: Request, job_id: str, after: int) -> AsyncIterator[str]:
     stopping, watcher = request.app.state.stopping, request.app.state.watcher
     assert isinstance(watcher, Watcher)
-    after = last_event_id
     with watcher.watch(job_id) as bell:
         while not stopping.is_set():
             bell.clear()
@@ -158,12 +177,15 @@ async def follow(
                 continue
             for row in rows:
                 data = {"time": iso(row.time)} | json.loads(row.data)
-                yield ServerSentEvent(raw_data=json.dumps(data), event=row.kind, id=str(row.number))
+                yield f"event: {row.kind}\ndata: {json.dumps(data)}\nid: {row.number}\n\n"
                 after = row.number
             if over:
                 return
             if len(rows) < _EVENTS_AT_ONCE:
-                await bell.wait()
+                try:
+                    await asyncio.wait_for(bell.wait(), _SILENT_SECONDS)
+                except TimeoutError:
+                    yield ": still here\n\n"
 
 
 def _events(store: Database, job_id: str, after: int) -> tuple[Sequence[Row[Any]], bool]:

@@ -5,23 +5,15 @@ page and ``/v1`` give one answer. Nothing of it is in the OpenAPI document.
 """
 
 import json
-from collections.abc import Callable, Coroutine, Mapping
-from functools import cache
-from typing import Annotated, Any
-from urllib.parse import parse_qs, urlencode
+from typing import Any
+from urllib.parse import urlencode
 
 from anyio import from_thread
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.routing import APIRoute
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.staticfiles import StaticFiles
 
-from horizonplan.api import jobs, page_charts, page_dials, page_forms, page_view, plans, queue, security
+from horizonplan.api import jobs, page_charts, page_dials, page_forms, page_sign_in, page_view, plans, queue, security
+from horizonplan.api.page_base import PageRoute, Sent, render, to
 from horizonplan.api.page_forms import Form
 from horizonplan.api.paging import iso
 from horizonplan.api.problems import Problem
@@ -30,36 +22,10 @@ from horizonplan.measured import MeasurementError
 from horizonplan.objective import InfeasibleError
 from horizonplan.plan import Plan
 
-Fields = dict[str, list[str]]
-MOST_FIELDS = 1000
 RECENT = 8
-BUSY = "The database is busy or away; nothing was stored. Try again in a moment."
-
-
-class PageRoute(APIRoute):
-    """A route whose errors are pages."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, and what is shown when it fails."""
-        handle = super().get_route_handler()
-
-        async def shown(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except HTTPException as error:
-                if error.status_code == 401:
-                    return _sign_in_page(request, "", dict(error.headers or {}))
-                return _page(request, "error.html", error.status_code, message=str(error.detail))
-            except RequestValidationError:
-                return _page(request, "error.html", 422, message="This address makes no sense.")
-            except (DBAPIError, PoolTimeoutError):
-                return _page(request, "error.html", 503, message=BUSY)
-
-        return shown
 
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
-open_router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 class Static(StaticFiles):
@@ -76,26 +42,8 @@ def add_to(app: FastAPI) -> None:
     """Let an application show the page."""
     keys = [Depends(security.require_key)] if app.state.settings.keys_required else []
     app.include_router(router, dependencies=keys)
-    app.include_router(open_router)
+    app.include_router(page_sign_in.router)
     app.mount("/static", Static(packages=[("horizonplan.api", "static")]))
-
-
-async def sent(request: Request) -> Fields:
-    """The fields of a form that was sent.
-
-    Raises:
-        Problem: it is no form.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
-        raise Problem(415, "This address takes the page's forms.")
-    try:
-        text = (await request.body()).decode()
-        return parse_qs(text, keep_blank_values=True, max_num_fields=MOST_FIELDS)
-    except ValueError as error:
-        raise Problem(400, f"The form cannot be read: {error}.") from error
-
-
-Sent = Annotated[Fields, Depends(sent)]
 
 
 @router.get("/")
@@ -116,11 +64,11 @@ def give(request: Request, fields: Sent) -> Response:
     asked = page_forms.measurements_asked(form)
     if asked is not None:
         try:
-            return _to(f"/plans/{_read(from_thread.run(plans.make_plan, asked, request))['id']}")
+            return to(f"/plans/{_read(from_thread.run(plans.make_plan, asked, request))['id']}")
         except MeasurementError as error:
-            page_forms.place_measurement(form, error.field, error.reason)
+            page_forms.place_measurement(form, error.field, page_view.sentence(error.reason))
         except InfeasibleError as error:
-            form.errors["json" if form.texts["json"].strip() else "kind"] = str(error)
+            form.errors["json" if form.texts["json"].strip() else "kind"] = page_view.sentence(str(error))
     return _home(request, form, job, 422)
 
 
@@ -132,20 +80,21 @@ def measure(request: Request, fields: Sent) -> Response:
     asked = page_forms.job_asked(form, settings)
     if asked is not None:
         try:
-            return _to(f"/jobs/{_read(jobs.submit(asked, request))['id']}")
+            return to(f"/jobs/{_read(jobs.submit(asked, request))['id']}")
         except MeasurementError as error:
-            page_forms.place_job(form, error.field, error.reason)
+            page_forms.place_job(form, error.field, page_view.sentence(error.reason))
         except Problem as problem:
             form.errors["form"] = problem.detail
+            return _home(request, page_forms.empty_measurements(), form, problem.status_code)
     return _home(request, page_forms.empty_measurements(), form, 422)
 
 
 @router.get("/history")
-def history(request: Request, cursor: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+def history(request: Request, cursor: plans.Cursor = None) -> Response:
     """All plans."""
     found = _read(plans.list_plans(request, 25, cursor))
     items = [page_view.summary_line(one) for one in found["items"]]
-    return _page(request, "history.html", plans=items, next_cursor=found["next_cursor"], begun=cursor is not None)
+    return render(request, "history.html", plans=items, next_cursor=found["next_cursor"], begun=cursor is not None)
 
 
 @router.get("/plans/{plan_id}")
@@ -156,6 +105,7 @@ def look(plan_id: str, request: Request) -> Response:
     asked, errors = page_dials.request_asked(texts)
     answer = page_dials.judged(plan, ReplanRequest() if asked is None else asked)
     query = {name: texts[name] for name in page_dials.DEFAULTS} if answer.moved else {}
+    lines = page_view.lines(answer.rows, answer.row, plan.depth)
     said, notes = page_view.sentences(plan if answer.plan is None else answer.plan)
     values: dict[str, Any] = {
         "stored": stored,
@@ -169,9 +119,10 @@ def look(plan_id: str, request: Request) -> Response:
         "charts": json.dumps(page_charts.charts_of(plan, answer), allow_nan=False),
         "facts": page_view.facts(answer.row, answer.rows, plan.depth),
         "headline": page_view.headline(answer.row, plan.depth),
-        "said": said if answer.plan is not None else [answer.complaint],
+        "said": said if answer.plan is not None else [page_view.sentence(answer.complaint)],
         "notes": notes,
-        "lines": page_view.lines(answer.rows, answer.row, plan.depth),
+        "lines": lines,
+        "columns": page_view.columns(lines),
         "exact": page_view.exact_lines(answer, plan.depth),
         "python": page_view.PYTHON,
         "shell": page_view.in_a_shell(_address(request), plan_id, query, request.app.state.settings.keys_required),
@@ -179,9 +130,9 @@ def look(plan_id: str, request: Request) -> Response:
         "kept": query,
     }
     if request.headers.get("hx-request") == "true":
-        return _page(request, "plan_parts.html", **values)
+        return render(request, "plan_parts.html", **values)
     recent = [one for one in _recent(request, RECENT + 1) if one["id"] != plan_id]
-    return _page(request, "plan.html", 422 if errors else 200, recent=recent, **values)
+    return render(request, "plan.html", 422 if errors else 200, recent=recent, **values)
 
 
 @router.get("/plans/{plan_id}/plan.json")
@@ -212,7 +163,7 @@ def keep(plan_id: str, request: Request, fields: Sent) -> Response:
         answer = from_thread.run(plans.replan, plan_id, again, request)
     except InfeasibleError as error:
         raise Problem(422, str(error)) from error
-    return _to(f"/plans/{_read(answer)['id']}")
+    return to(f"/plans/{_read(answer)['id']}")
 
 
 @router.get("/compare")
@@ -220,10 +171,10 @@ def compare(request: Request, a: str = "", b: str = "") -> Response:
     """Two plans side by side."""
     recent = _recent(request, 50)
     if not (a and b):
-        return _page(request, "compare.html", recent=recent, a=a, b=b, pair=None)
+        return render(request, "compare.html", recent=recent, a=a, b=b, pair=None)
     found = [_stored(request, plan_id) for plan_id in (a, b)]
     (_, first), (_, second) = found
-    return _page(
+    return render(
         request,
         "compare.html",
         recent=recent,
@@ -239,6 +190,7 @@ def compare(request: Request, a: str = "", b: str = "") -> Response:
             for stored, plan in found
         ],
         differences=page_view.differences(first, second),
+        curves=page_view.curves(first, second),
         charts=json.dumps(page_charts.compared([first, second]), allow_nan=False),
     )
 
@@ -251,62 +203,35 @@ def watch(job_id: str, request: Request) -> Response:
         told = queue.events(connection, job_id, 0)
     events = [{"number": one.number, "time": iso(one.time), "kind": one.kind} | json.loads(one.data) for one in told]
     last = next((event for event in reversed(events) if event["kind"] == "progress"), None)
-    label = page_forms.LABELS.get(job["request"]["architecture"]["kind"], "")
-    over = job["state"] in queue.FINAL
-    return _page(request, "job.html", job=job, events=events, last=last, label=label, over=over)
+    return render(
+        request,
+        "job.html",
+        job=job,
+        events=events,
+        last=last,
+        label=page_forms.LABELS.get(job["request"]["architecture"]["kind"], ""),
+        over=job["state"] in queue.FINAL,
+        sizes=page_view.network_in_words(job["request"]["architecture"]),
+        asked=page_view.asked_for(job["request"]["objective"]),
+        error=page_view.sentence(job["error"]["message"]) if job["error"] else "",
+    )
 
 
 @router.post("/jobs/{job_id}/cancel")
 def cancel(job_id: str, request: Request) -> Response:
     """End a job."""
     jobs.cancel(job_id, request)
-    return _to(f"/jobs/{job_id}")
-
-
-@open_router.post("/sign-in")
-def sign_in(request: Request, fields: Sent) -> Response:
-    """Keep a key in a cookie that scripts cannot read."""
-    key = fields.get("key", [""])[0].strip()
-    if not security.is_key(request.app.state.database, key):
-        return _sign_in_page(request, "This key is not known here.", {})
-    response = _to("/")
-    secure = request.url.scheme == "https"
-    response.set_cookie(security.COOKIE, key, httponly=True, samesite="lax", secure=secure)
-    return response
-
-
-@open_router.post("/sign-out")
-def sign_out() -> Response:
-    """Forget the key."""
-    response = _to("/")
-    response.delete_cookie(security.COOKIE)
-    return response
-
-
-@cache
-def _templates() -> Environment:
-    return Environment(
-        loader=PackageLoader("horizonplan.api"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _page(request: Request, name: str, status: int = 200, **values: Any) -> Response:
-    keys = request.app.state.settings.keys_required
-    shared = {"keys": keys, "letters": page_view.LETTERS, "columns": page_view.COLUMNS, "path": request.url.path}
-    return HTMLResponse(_templates().get_template(name).render(shared | values), status)
+    return to(f"/jobs/{job_id}")
 
 
 def _home(request: Request, measurements: Form, job: Form, status: int = 200) -> Response:
     known = page_forms.kinds(request.app.state.settings.jobs)
-    return _page(
+    return render(
         request,
         "home.html",
         status,
         measurements=measurements,
+        name_in_words=page_forms.name_in_words,
         job=job,
         kinds={kind: page_forms.LABELS[kind] for kind in known},
         sizes=page_forms.sizes(known[job.texts["architecture"]]),
@@ -315,16 +240,6 @@ def _home(request: Request, measurements: Form, job: Form, status: int = 200) ->
         recent=_recent(request, RECENT),
         jobs=_open_jobs(request),
     )
-
-
-def _sign_in_page(request: Request, message: str, headers: Mapping[str, str]) -> Response:
-    response = _page(request, "sign_in.html", 401, message=message)
-    response.headers.update(headers)
-    return response
-
-
-def _to(path: str) -> RedirectResponse:
-    return RedirectResponse(path, 303)
 
 
 def _stored(request: Request, plan_id: str) -> tuple[dict[str, Any], Plan]:

@@ -3,7 +3,8 @@
 A chart is JSON that the page's script hands to uPlot: ``x``; ``lines`` (label, tone, dash, values over x); ``marks``
 (x, y, shape, filled, chosen); ``rules`` (horizontal lines); ``range`` of y; ``decimals`` of its numbers. The shape of
 a mark is a family: circles stride 1, squares disjoint windows, triangles exact with recomputation, diamonds others. A
-mark is filled where its number was measured (in the objective's chart: where the row meets the objective).
+mark is filled where its number was measured (in the objective's chart: where the row meets the objective), and small
+where there are many and it is none of these.
 """
 
 import math
@@ -17,6 +18,7 @@ from horizonplan.plan import Plan
 from horizonplan.rows import Row
 
 Chart = dict[str, Any]
+MANY = 60
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
@@ -81,9 +83,9 @@ def unit_of(rows: Iterable[Row]) -> tuple[int, str]:
 
 
 def frontier(rows: Iterable[Row]) -> list[Row]:
-    """The rows that no other beats in both memory and rate, by memory; references count as well."""
+    """The rows that may be chosen and that no other such row beats in both memory and rate, by memory."""
     found: list[Row] = []
-    known = [row for row in rows if row.rate is not None and row.fits is not False]
+    known = [row for row in rows if row.rate is not None and row.fits is not False and not row.reference]
     for row in sorted(known, key=lambda row: (row.memory_bytes, -(row.rate or 0.0))):
         if not found or (row.rate or 0.0) > (found[-1].rate or 0.0):
             found.append(row)
@@ -142,6 +144,8 @@ def _chart(
     drawn = [y for line in lines for y in line["values"] if y is not None] + [mark["y"] for mark in marks] + rules
     low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
     room = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
+    many = len(marks) > MANY
+    marks = [mark | {"small": many and not (mark["chosen"] or (quantity.source and mark["filled"]))} for mark in marks]
     bottom = low - room if quantity.begins is None else min(quantity.begins, low)
     return {
         "x": list(x),
@@ -161,14 +165,14 @@ def _line(label: str, tone: str, dash: bool, values: Sequence[float | None]) -> 
     return {"label": label, "tone": tone, "dash": dash, "values": list(values)}
 
 
-def _mark(row: Row, quantity: Quantity, chosen: bool, tone: str = "ink") -> dict[str, Any]:
+def _mark(row: Row, quantity: Quantity, chosen: bool, tone: str = "") -> dict[str, Any]:
     shape = "circle"
     if row.recompute:
         shape = "triangle"
     elif row.stride > 1:
         shape = "square" if row.stride == row.horizon else "diamond"
     filled = getattr(row, quantity.source) == "measured" if quantity.source else row.feasible
-    y = quantity.value(row)
+    y, tone = quantity.value(row), tone or ("accent" if chosen else "ink")
     return {"x": row.horizon, "y": y, "shape": shape, "filled": filled, "chosen": chosen, "tone": tone}
 
 

@@ -4,6 +4,7 @@ Bounds are those of ``POST /v1/plans/{id}/replan``: texts become its request, an
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,8 +204,8 @@ def _logarithmic(low: float, high: float) -> tuple[float, float]:
 
 
 def _position(value: Any, logarithmic: bool, low: float, high: float) -> float:
-    if not isinstance(value, int | float) or math.isnan(value):
+    if not isinstance(value, int | float) or math.isnan(value := min(value, sys.float_info.max)):
         return low
     if logarithmic:
         value = math.log2(value) if value > 0 else low
-    return min(high, max(low, float(value)))
+    return float(min(high, max(low, value)))

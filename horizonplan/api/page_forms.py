@@ -14,13 +14,24 @@ from pydantic import BaseModel, ValidationError
 from horizonplan.api.architectures import Architecture, JobRequest
 from horizonplan.api.job_settings import JobSettings
 from horizonplan.api.page_dials import DEFAULTS, dial_of, in_words, number, request_of, size, size_text
-from horizonplan.api.problems import field_name
+from horizonplan.api.problems import Problem, field_name
 from horizonplan.api.schemas import PlanRequest
+from horizonplan.api.security import named_once
 
 Fields = Mapping[str, Sequence[str]]
 
 ROWS, MORE_ROWS, MOST_ROWS = 6, 4, 64
 COLUMNS = {"horizons": "horizon", "memory_bytes": "memory", "cosine": "cosine"}
+NAMES = {
+    "depth": "Blocks",
+    "kind": "What is wanted",
+    "epsilon": "Loss of rate allowed",
+    "lam": "Weight of cost",
+    "limit": "Memory limit",
+    "cost": "How memory is paid for",
+    "node": "Memory of a node",
+    "price": "Price of a node",
+}
 LABELS = {
     "residual-mlp": "Residual MLP",
     "residual-cnn": "Residual CNN",
@@ -56,7 +67,7 @@ class Size:
 
     Attributes:
         name: of its field, such as ``architecture.width``.
-        label: what it is called.
+        label: what it is called; Hugging Face's names stay as they are.
         kind: ``"number"``, ``"list"`` or ``"flag"``.
         text: its default.
         hint: what it means, where the name does not say.
@@ -137,6 +148,7 @@ def kinds(settings: JobSettings) -> dict[str, type[BaseModel]]:
 def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
     """The fields of an architecture; those of a part are named by a path."""
     found = []
+    theirs = prefix.endswith(".numbers.")  # of a Hugging Face configuration
     for name, info in model.model_fields.items():
         default = info.get_default()
         if name in ("kind", "id"):
@@ -146,7 +158,8 @@ def sizes(model: type[BaseModel], prefix: str = "architecture.") -> list[Size]:
             continue
         kind = "list" if isinstance(default, list) else "flag" if isinstance(default, bool) else "number"
         text = ", ".join(map(str, default)) if kind == "list" else ("on" if default is True else str(default))
-        found.append(Size(prefix + name, name.replace("_", " "), kind, text, info.description or ""))
+        label = name if theirs else name.replace("_", " ").capitalize()
+        found.append(Size(prefix + name, label, kind, text, info.description or ""))
     return found
 
 
@@ -209,12 +222,24 @@ def place_job(form: Form, name: str, message: str, path: Sequence[str | int] = (
     form.errors.setdefault(name if name in form.texts else "form", message)
 
 
+def name_in_words(name: str) -> str:
+    """What a field of a form is called in a list of errors; empty where the error says it."""
+    first, _, row = name.removeprefix("architecture.").partition("[")
+    if row:
+        return f"{first.capitalize()}, row {int(row[:-1]) + 1}"
+    if first in ("form", "table", "json"):
+        return ""
+    return NAMES.get(first, first.rpartition(".")[2].replace("_", " ").capitalize())
+
+
 def _from_json(form: Form) -> PlanRequest | None:
     try:
-        return PlanRequest.model_validate(json.loads(form.texts["json"]))
+        return PlanRequest.model_validate(json.loads(form.texts["json"], object_pairs_hook=named_once))
     except ValidationError as error:
         told = [f"{field_name(one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
         form.errors["json"] = "; ".join(told) + "."
+    except Problem as problem:
+        form.errors["json"] = f"{problem.detail}."
     except (ValueError, RecursionError) as error:
         form.errors["json"] = f"This is no JSON: {error}."
     return None

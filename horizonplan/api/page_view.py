@@ -24,11 +24,13 @@ _WRITTEN: dict[str, Callable[[float], str]] = {  # in the order of `facts`
     "step_seconds": format_seconds,
 }
 PYTHON = """import horizonplan as hp
+from my_module import data, model
 
 plan = hp.Plan.load("plan.json")
-result = hp.train(model, data, plan=plan, epochs=10)
+result = hp.train(model(), data(), plan=plan, epochs=10)
 """
-COLUMNS = ("Candidate", "Memory", "Cosine", "Rate", "Cost", "Objective", "Feasible", "Time a step", "Operations a step")
+COLUMNS = ("Memory", "Cosine", "Rate", "Cost", "Objective", "Feasible", "Time a step", "Operations a step")
+NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ def lines(rows: Iterable[Row], chosen: Row | None, depth: int) -> list[Line]:
     ]
 
 
+def columns(table: Sequence[Line]) -> dict[int, str]:
+    """The columns of a table in which anything stands: place among a line's numbers -> heading."""
+    return {i: name for i, name in enumerate(COLUMNS) if any(line.numbers[i].text != NONE for line in table)}
+
+
+def sentence(text: str) -> str:
+    """An error's words as a sentence."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
 def sentences(plan: Plan) -> tuple[list[str], list[str]]:
     """What ``Plan.explain`` says of the choice, and its notes."""
     told = plan.explain().split("\n\n")[2:]  # the table and its legend are drawn otherwise
@@ -138,13 +150,27 @@ def differences(first: Plan, second: Plan) -> list[Difference]:
     return found
 
 
+def curves(first: Plan, second: Plan) -> list[tuple[int, list[str]]]:
+    """What two plans need and gain at stride 1, h by h: memory of both, rate of both."""
+    tables = [
+        {row.horizon: row for row in plan.rows if row.stride == 1 and not row.recompute} for plan in (first, second)
+    ]
+    found = []
+    for h in range(1, max(first.depth, second.depth) + 1):
+        rows = [table.get(h) for table in tables]
+        memory = [NONE if row is None else format_bytes(row.memory_bytes) for row in rows]
+        rates = [NONE if row is None or row.rate is None else f"{row.rate:.3f}" for row in rows]
+        found.append((h, memory + rates))
+    return found
+
+
 def in_a_shell(address: str, plan_id: str, query: Mapping[str, str], keys: bool) -> str:
     """Commands that fetch the plan and train with it."""
     url = f"{address}/plans/{plan_id}/plan.json?{urlencode(query)}" if query else f"{address}/v1/plans/{plan_id}"
     key = ' -H "Authorization: Bearer $HORIZONPLAN_KEY"' if keys else ""
     return (
-        f"curl -fsS{key} {shlex.quote(url)} -o plan.json\n"
-        "horizonplan train my_module:model --data my_module:data --plan plan.json --epochs 10\n"
+        f"curl -fsS{key} -o plan.json \\\n  {shlex.quote(url)}\n"
+        "horizonplan train my_module:model --data my_module:data \\\n  --plan plan.json --epochs 10\n"
     )
 
 
@@ -166,10 +192,22 @@ def summary_line(summary: Mapping[str, Any]) -> dict[str, Any]:
         "depth": summary["depth"],
         "choice": headline(row, summary["depth"]),
         "memory": format_bytes(summary["memory_bytes"]),
-        "rate": "–" if rate is None else f"{rate:.3f}",
-        "cost": "–" if cost is None else f"{cost:.3f}",
+        "rate": NONE if rate is None else f"{rate:.3f}",
+        "cost": NONE if cost is None else f"{cost:.3f}",
         "asked": asked_for(summary["objective"]),
     }
+
+
+def network_in_words(architecture: Mapping[str, Any]) -> str:
+    """The sizes of a network that a job measures."""
+    told = []
+    for name, value in architecture.items():
+        if isinstance(value, Mapping):
+            told.append(", ".join(f"{inner} {number}" for inner, number in value.items()))
+        elif name != "kind":
+            shown = ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            told.append(f"{name.replace('_', ' ')} {shown}")
+    return ", ".join(told)
 
 
 def asked_for(objective: Mapping[str, Any]) -> str:
@@ -196,11 +234,9 @@ def _fact(name: str, row: Row, depth: int, cell: int, more: str) -> Number:
 def _number(text: str) -> Number:
     """A cell of ``explain``'s table: the letter at its end is its source."""
     before, _, letter = text.rpartition(" ")
-    return (
-        Number(before, letter)
-        if before and letter in LETTERS
-        else Number(text.replace("-", "–") if text == "-" else text)
-    )
+    if before and letter in LETTERS:
+        return Number(before, letter)
+    return Number(NONE if text == "-" else text.replace("-", "−"))
 
 
 def _against(value: float, exact: float) -> str:

@@ -13,7 +13,7 @@ from horizonplan import measured
 from horizonplan.api import database
 from horizonplan.api.batches import QueueFull
 from horizonplan.api.database import Database
-from horizonplan.api.paging import cursor_of, iso, number_of
+from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
 from horizonplan.api.problems import Problem, busy, responses
 from horizonplan.api.schemas import (
     Card,
@@ -33,6 +33,7 @@ from horizonplan.plan import Plan
 
 Make = Callable[[], dict[str, Any]]  # computes what the table holds of a new plan
 
+Cursor = Annotated[str | None, cursor_query("plan")]
 router = APIRouter(prefix="/v1/plans", tags=["plans"], route_class=JsonRoute)
 CREATED: dict[str, Any] = {
     "model": StoredPlan,
@@ -59,12 +60,12 @@ async def make_plan(asked: PlanRequest, request: Request) -> Response:
 def list_plans(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100, description="The most to answer with.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the last answer.")] = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The plans, the newest first. Those made in between move nothing."""
     asked = select(database.plans.c.number, database.plans.c.summary).order_by(database.plans.c.number.desc())
     if cursor is not None:
-        asked = asked.where(database.plans.c.number < number_of("plan", cursor))
+        asked = asked.where(database.plans.c.number < number_of(cursor))
     with request.app.state.database.read() as connection:
         found = connection.execute(asked.limit(limit + 1)).all()
     after = cursor_of("plan", found[limit - 1].number) if len(found) > limit else None
@@ -117,13 +118,15 @@ def store(connection: Connection, plan: Plan, parent: str | None = None, card: s
     return record["id"], record["data"]
 
 
-def make_and_store(store: Database, makes: list[Make]) -> list[dict[str, Any] | Exception]:
-    """Compute plans, and write them in one transaction. What the table holds of each, or why there is none."""
-    found = [_tried(make) for make in makes]
-    if records := [record for record in found if isinstance(record, dict)]:
-        with store.write() as connection:
-            connection.execute(insert(database.plans), records)
-    return found
+def make_all(makes: list[Make]) -> list[dict[str, Any] | Exception]:
+    """What the table holds of each new plan, or why there is none."""
+    return [_tried(make) for make in makes]
+
+
+def store_all(store: Database, records: list[dict[str, Any]]) -> None:
+    """Write what the table holds of plans, in one transaction."""
+    with store.write() as connection:
+        connection.execute(insert(database.plans), records)
 
 
 def _record(plan: Plan, card: str | None, parent: str | None = None) -> dict[str, Any]:

@@ -95,6 +95,14 @@ def busy() -> Problem:
     return Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+def of_database(request: Request, error: Exception) -> Problem:
+    """The problem that an error of the database is."""
+    if isinstance(error, DBAPIError) and is_full(error):
+        return Problem(507, "The disk of the database is full; nothing was stored.", "full")
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return busy()
+
+
 def problem_response(request: Request, problem: Problem) -> Response:
     """The answer that tells a problem."""
     body: dict[str, Any] = {
@@ -149,6 +157,18 @@ def field_name(path: Sequence[str | int]) -> str:
     return name.lstrip(".")[:LONGEST_NAME] or "body"
 
 
+def _without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
+    """A path of pydantic's without the kinds that it puts between a union's field and what is in it."""
+    kept: list[str | int] = []
+    for i, part in enumerate(path):
+        if isinstance(body, dict) and body.get("kind") == part and i < len(path) - 1:
+            continue
+        kept.append(part)
+        inside = (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body)))
+        body = body[part] if inside else None
+    return kept
+
+
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, Problem):
@@ -166,14 +186,16 @@ def _allowed(request: Request) -> list[str]:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [(field_name(one["loc"][1:]), one["msg"]) for one in error.errors()[:MOST_ERRORS]]
+    errors = [
+        (field_name(_without_tags(one["loc"][1:], error.body)), one["msg"]) for one in error.errors()[:MOST_ERRORS]
+    ]
     detail = "; ".join(f"{field}: {message}" for field, message in errors[:5])
     return problem_response(request, Problem(422, detail, "invalid", errors))
 
 
 async def _measurement(request: Request, error: Exception) -> Response:
     assert isinstance(error, MeasurementError)
-    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, str(error))]))
+    return problem_response(request, Problem(422, str(error), "invalid", [(error.field, error.reason)]))
 
 
 async def _infeasible(request: Request, error: Exception) -> Response:
@@ -182,7 +204,4 @@ async def _infeasible(request: Request, error: Exception) -> Response:
 
 
 async def _database(request: Request, error: Exception) -> Response:
-    if isinstance(error, DBAPIError) and is_full(error):
-        return problem_response(request, Problem(507, "The disk of the database is full; nothing was stored.", "full"))
-    logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return problem_response(request, busy())
+    return problem_response(request, of_database(request, error))

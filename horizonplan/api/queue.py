@@ -7,7 +7,8 @@
 A claim is a lease: the job is its owner's until a time that the owner keeps putting off. Every change of a running job
 asks for the owner in the same transaction, so one who has lost the lease changes nothing. Each change writes an event,
 also in the same transaction. Each function is a part of a transaction of ``Database.write`` (those that only read, of
-``Database.read``), and takes the time ``now``, in seconds since 1970; workers' clocks must agree well within a lease.
+``Database.read``), and takes the time ``now``, in seconds since 1970. Workers' clocks must agree well within a lease; a
+clock that is set may cost jobs an attempt, and nothing else: an owner is who the row says, whatever the time.
 """
 
 import json
@@ -95,9 +96,10 @@ def latest_events(connection: Connection, job_ids: Sequence[str]) -> dict[str, i
     return {row[0]: row[1] for row in connection.execute(asked.group_by(job_events.c.job_id))}
 
 
-def has_work(connection: Connection, now: float) -> bool:
+def has_work(connection: Connection, lease_seconds: float, now: float) -> bool:
     """Whether a job waits, or its lease has run out."""
-    return bool(connection.scalar(select(exists().where(or_(jobs.c.state == "queued", _orphaned(now))))))
+    wanted = or_(jobs.c.state == "queued", _orphaned(lease_seconds, now))
+    return bool(connection.scalar(select(exists().where(wanted))))
 
 
 def claim(connection: Connection, worker: str, lease_seconds: float, now: float) -> Claim | None:
@@ -113,9 +115,10 @@ def claim(connection: Connection, worker: str, lease_seconds: float, now: float)
     return taken
 
 
-def rescue(connection: Connection, requeues: int, now: float) -> int:
+def rescue(connection: Connection, requeues: int, lease_seconds: float, now: float) -> int:
     """Queue again what was lost with its worker; what was lost too often has failed. The number of such jobs."""
-    lost = connection.execute(select(jobs).where(_orphaned(now)).with_for_update(skip_locked=True)).all()
+    orphaned = select(jobs).where(_orphaned(lease_seconds, now))
+    lost = connection.execute(orphaned.with_for_update(skip_locked=True)).all()
     for row in lost:
         if row.cancel_requested:
             _finish(connection, row.id, "cancelled", now)
@@ -232,8 +235,10 @@ def _owned(mine: Claim) -> Any:
     return and_(jobs.c.id == mine.job_id, jobs.c.state == "running", jobs.c.lease_owner == mine.owner)
 
 
-def _orphaned(now: float) -> Any:
-    return and_(jobs.c.state == "running", jobs.c.lease_expires < now)
+def _orphaned(lease_seconds: float, now: float) -> Any:
+    """A lease that is over, or that ends later than any could: the clock was set back after it was taken."""
+    over = or_(jobs.c.lease_expires < now, jobs.c.lease_expires > now + 2 * lease_seconds)
+    return and_(jobs.c.state == "running", over)
 
 
 def _locked(connection: Connection, mine: Claim) -> Row[Any] | None:

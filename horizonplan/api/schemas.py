@@ -13,7 +13,7 @@ from horizonplan.horizons import HeldOut
 from horizonplan.objective import Objective
 from horizonplan.rows import Row
 
-MOST_BYTES = 2**60
+MOST_BYTES = 2**53  # up to here a JSON number is exact wherever it is read
 MOST_POINTS = 1024
 MOST_DEPTH = 10_000
 

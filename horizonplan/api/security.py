@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from horizonplan.api.database import Database, api_keys, now
-from horizonplan.api.problems import Problem, problem_response
+from horizonplan.api.problems import LONGEST_NAME, Problem, problem_response
 from horizonplan.api.settings import Settings
 
 COOKIE = "horizonplan_key"
@@ -30,7 +30,7 @@ HEADERS = {
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -54,7 +54,7 @@ def new_key(database: Database, name: str) -> str:
         with database.write() as connection:
             connection.execute(insert(api_keys).values(name=name, hash=_hash(key), created=now()))
     except IntegrityError as error:
-        raise ValueError(f"name={name!r}: there is a key of that name; drop it first, or choose another.") from error
+        raise ValueError(f"name={name!r}: there is a key of that name; --drop-key it, or choose another.") from error
     return key
 
 
@@ -113,13 +113,24 @@ class JsonRoute(APIRoute):
         return checked
 
 
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which each name is given once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for i, name in enumerate(names) if name in names[:i])
+        message = "the name is given twice in one object"
+        raise Problem(422, f"{name[:LONGEST_NAME]}: {message}", "invalid", [(name[:LONGEST_NAME], message)])
+    return made
+
+
 class _JsonRequest(Request):
     """A request whose JSON is refused where Python would give up on it."""
 
     async def json(self) -> Any:
         """The body's value."""
         try:
-            return json.loads(await self.body())
+            return json.loads(await self.body(), object_pairs_hook=named_once)
         except json.JSONDecodeError as error:
             raise Problem(400, f"The body is no JSON: {error.msg} at character {error.pos}.") from error
         except RecursionError as error:
@@ -167,10 +178,9 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._most):
             return self._too_large()
-        site = headers.get("sec-fetch-site", "none")
-        if scope["method"] not in SAFE_METHODS and site not in ("none", "same-origin"):
-            return Problem(403, "The request comes from another site's page.")
         host = headers.get("host", "")
+        if scope["method"] not in SAFE_METHODS and not _is_own_page(headers, host):
+            return Problem(403, "The request comes from another site's page.")
         if not self.settings.keys_required and not _is_ours(host):
             detail = f"Without keys this machine is addressed as localhost, not as {host!r}; or set "
             return Problem(403, detail + "HORIZONPLAN_REQUIRE_KEYS=true and send a key.")
@@ -195,6 +205,18 @@ class Guard:
 
     def _too_large(self) -> Problem:
         return Problem(413, f"The body is larger than {self._most} bytes, the most that is taken.")
+
+
+def _is_own_page(headers: Headers, host: str) -> bool:
+    """Whether a request comes from no page at all, or from one of ours.
+
+    Browsers say so in ``Sec-Fetch-Site``, and where the connection is not trusted (plain http beyond this machine), or
+    the browser is old, in ``Origin``. Programs send neither.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site in ("none", "same-origin")
+    return origin is None or origin.partition("://")[2] == host
 
 
 def _is_ours(host: str) -> bool:

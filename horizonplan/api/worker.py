@@ -7,6 +7,7 @@ A worker may die at any time: the job's process ends with it, and another worker
 A database that is locked or away is waited for.
 """
 
+import json
 import logging
 import os
 import signal
@@ -72,12 +73,13 @@ class Worker:
 
     def work(self, stop: threading.Event) -> bool:
         """Run one job, if there is one."""
+        lease = self.settings.lease_seconds
         with self.database.read() as connection:
-            if not queue.has_work(connection, now()):
+            if not queue.has_work(connection, lease, now()):
                 return False
         with self.database.write() as connection:
-            queue.rescue(connection, self.settings.requeues, now())
-            mine = queue.claim(connection, self.name, self.settings.lease_seconds, now())
+            queue.rescue(connection, self.settings.requeues, lease, now())
+            mine = queue.claim(connection, self.name, lease, now())
         if mine is None:
             return False
         logger.info("job %s: attempt %d", mine.job_id, mine.attempt)
@@ -104,7 +106,7 @@ class Worker:
                 records, over = sandbox.read(_TICK_SECONDS)
                 for record in records:
                     if "progress" in record:
-                        told.append(record["progress"])
+                        told.append(_progress(record))
                     else:
                         outcome = _outcome(record)
             except (ValueError, KeyError, TypeError) as error:
@@ -149,7 +151,7 @@ class Worker:
                 if stop.wait(self.settings.poll_seconds):
                     return  # the lease runs out, and the next worker takes the job
             else:
-                how = type(outcome).__name__ if isinstance(outcome, Plan) else outcome
+                how = "succeeded" if isinstance(outcome, Plan) else outcome
                 logger.info("job %s: %s", mine.job_id, how if held else "lost to another worker")
                 return
 
@@ -201,9 +203,18 @@ def check(database: Database, settings: Settings) -> str | None:
     with database.read() as connection:
         last = queue.last_seen(connection)
     seconds = settings.jobs.lease_seconds
-    if last is not None and last >= now() - seconds:
+    if last is not None and abs(now() - last) <= seconds:  # seen later than now: the clock was set back
         return None
     return f"no worker has been seen for {format_seconds(seconds)}"
+
+
+def _progress(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of how far a job is."""
+    said = record["progress"]
+    if not isinstance(said, dict):
+        raise TypeError(f"progress is a {type(said).__name__}")
+    json.dumps(said, allow_nan=False)  # as it will be stored
+    return said
 
 
 def _outcome(record: dict[str, Any]) -> Plan | Failure:

@@ -11,7 +11,7 @@ from typer import Option
 
 from horizonplan.cli import options as opt
 from horizonplan.cli.spec import load_data, load_loss, load_model, load_optimizer
-from horizonplan.client import Client
+from horizonplan.client import Client, ServiceError
 from horizonplan.cost import Cost, LadderCost, LinearCost
 from horizonplan.curves import PoorFitWarning
 from horizonplan.devices import ASSUMED, Calibration, parse_device
@@ -100,7 +100,11 @@ def plan(
             calibration=ASSUMED if calibration is None else Calibration.load(calibration),
         )
     if server is not None:
-        made = _judged_there(server, made, objective, cost)
+        try:
+            made = _judged_there(server, made, objective, cost)
+        except ServiceError:
+            _hand_over(made, out, plot, json)  # what was measured is not lost
+            raise
     _hand_over(made, out, plot, json)
 
 

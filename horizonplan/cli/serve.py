@@ -1,17 +1,11 @@
 """``horizonplan serve``: recommendations over HTTP."""
 
-import signal
-import socket
-from contextlib import suppress
-from functools import partial
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from typer import Option
 
-from horizonplan.api import Settings, create_app, security, worker
-from horizonplan.api.beside import beside
+from horizonplan.api import Settings, security, server
 from horizonplan.api.database import Database
 from horizonplan.cli import options as opt
 
@@ -54,28 +48,4 @@ def serve(
             raise ValueError(f"host={settings.host!r}: requests need keys there, and there is none; --new-key NAME.")
     finally:
         database.close()
-    _run(settings)
-
-
-class _Server(uvicorn.Server):
-    """A server that tells open streams to end before it waits for them."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop."""
-        self.config.app.state.stopping.set()  # type: ignore[union-attr]
-        await super().shutdown(sockets)
-
-
-def _run(settings: Settings) -> None:
-    app = create_app(settings)
-    app.state.checks["worker"] = partial(worker.check, app.state.database, settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-        server_header=False,
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server gives a signal on when it has stopped
-    with suppress(KeyboardInterrupt), beside(settings):
-        _Server(config).run()
+    server.run(settings)

@@ -85,12 +85,13 @@ function drawRules(plot, chart) {
 function drawMarks(plot, chart) {
   const context = plot.ctx;
   const ratio = uPlot.pxRatio;
-  const r = (chart.marks.length > 80 ? 1.8 : 3.2) * ratio;
   context.save();
-  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen)) {
+  context.setLineDash([]); // that of a series drawn before
+  for (const mark of [...chart.marks].sort((a, b) => a.chosen - b.chosen || b.small - a.small)) {
+    const r = (mark.small ? 1.5 : 3.2) * ratio;
     const x = plot.valToPos(mark.x, "x", true);
     const y = plot.valToPos(mark.y, "y", true);
-    const colour = tone(mark.chosen ? "accent" : mark.tone);
+    const colour = tone(mark.tone);
     context.lineWidth = 1.4 * ratio;
     context.strokeStyle = colour;
     context.fillStyle = mark.filled ? colour : tone("surface");
@@ -177,6 +178,12 @@ function draw() {
   }
 }
 
+function bringChosen() {
+  const row = document.querySelector(".tall tr.chosen");
+  const holder = row?.closest(".tall");
+  if (holder) holder.scrollTop = row.offsetTop - (holder.clientHeight - row.offsetHeight) / 2;
+}
+
 function fit() {
   for (const [place, plot] of drawn) {
     if (place.clientWidth && place.clientWidth !== plot.width) plot.setSize({ width: place.clientWidth, height: HEIGHT });
@@ -193,8 +200,16 @@ function follow(job) {
   let last = Number(list.dataset.last);
   const told = (kind) => (event) => {
     const data = JSON.parse(event.data);
-    if (Number(event.lastEventId) <= last) return;
-    last = Number(event.lastEventId);
+    if (Number(event.lastEventId) > last) {
+      last = Number(event.lastEventId);
+      show(kind, data);
+    }
+    if (!FINAL.includes(kind)) return;
+    source.close();
+    if (data.plan_id) location.replace(`/plans/${data.plan_id}`);
+    else location.reload();
+  };
+  const show = (kind, data) => {
     const item = document.createElement("li");
     const [time, word, words] = ["time", "b", "span"].map((tag) => document.createElement(tag));
     time.dateTime = data.time;
@@ -211,11 +226,13 @@ function follow(job) {
     } else {
       document.getElementById("job-state").textContent = kind === "requeued" ? "queued" : kind;
     }
-    if (!FINAL.includes(kind)) return;
-    source.close();
-    if (data.plan_id) location.replace(`/plans/${data.plan_id}`);
-    else location.reload();
   };
+  source.addEventListener("open", () => (document.getElementById("job-lost").textContent = ""));
+  source.addEventListener("error", () => {
+    const gone = source.readyState === EventSource.CLOSED;
+    const words = gone ? "The service no longer tells of this job. Load the page again." : "The service is away. Waiting for it.";
+    document.getElementById("job-lost").textContent = words;
+  });
   for (const kind of ["queued", "running", "progress", "requeued", "cancelling", ...FINAL]) {
     source.addEventListener(kind, told(kind));
   }
@@ -251,6 +268,7 @@ function paste(event) {
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("input[type=range]").forEach(joinDial);
   draw();
+  bringChosen();
   const job = document.querySelector("[data-live]");
   if (job) follow(job);
   document.querySelector(".problem[role=alert]")?.focus();
@@ -262,13 +280,16 @@ document.addEventListener("click", (event) => {
 });
 document.addEventListener("htmx:afterSettle", (event) => {
   if (event.target.id === "choice") draw();
+  if (event.target.id === "rest") bringChosen();
 });
-for (const name of ["htmx:responseError", "htmx:sendError", "htmx:afterOnLoad"]) {
-  document.addEventListener(name, () => {
-    const place = document.getElementById("dials-failed");
-    const failed = name !== "htmx:afterOnLoad";
-    if (place) place.textContent = failed ? "The service did not answer. The choice shown is that of an earlier setting." : "";
-  });
-}
+let addressed;
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.target.id !== "dials") return;
+  const failed = "The service did not answer. The choice shown is that of an earlier setting.";
+  document.getElementById("dials-failed").textContent = event.detail.successful ? "" : failed;
+  if (!event.detail.successful) return;
+  clearTimeout(addressed); // browsers refuse addresses that change at every move
+  addressed = setTimeout(() => history.replaceState(history.state, "", event.detail.pathInfo.finalRequestPath), 250);
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 addEventListener("resize", fit);
