@@ -2,12 +2,12 @@
 #     docker build -t horizonplan .
 FROM python:3.11-slim
 
-# Where pip looks for torch besides its own index: here are builds without CUDA, which are far smaller.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index where pip looks for torch besides its own: one of builds without CUDA makes the image far smaller.
+ARG TORCH_INDEX=
 
 COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY horizonplan /src/horizonplan
-RUN cd /src && pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" -c constraints.txt '.[hugging-face,postgresql]'
+RUN cd /src && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt '.[hugging-face,postgresql]'
 
 # Docker gives a new volume the owner of the folder that it covers.
 RUN useradd --system --uid 10001 --home-dir /data horizonplan && install -d -o horizonplan -m 700 /data

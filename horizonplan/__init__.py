@@ -3,14 +3,26 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from horizonplan import algorithms, client, probes
+from horizonplan.cards import Card
 from horizonplan.chain import Chain, ChainError
-from horizonplan.cost import LadderCost, LinearCost
+from horizonplan.cost import LadderCost, LinearCost, MixedNodes
 from horizonplan.curves import Curve, PoorFitWarning, fit_cosine, fit_memory
 from horizonplan.devices import Calibration
 from horizonplan.fits import Fits, Sweep, fits, sweep
+from horizonplan.frontier import frontier
 from horizonplan.gradient import horizon_backward
 from horizonplan.horizons import HeldOut
-from horizonplan.objective import AccuracyConstraint, InfeasibleError, MemoryLimit, Objective, Weighted, select
+from horizonplan.micro_batch import MicroBatch, largest_micro_batch
+from horizonplan.objective import (
+    AccuracyConstraint,
+    InfeasibleError,
+    MemoryLimit,
+    MoneyToLoss,
+    Objective,
+    TimeToLoss,
+    Weighted,
+    select,
+)
 from horizonplan.plan import Plan
 from horizonplan.planner import plan_horizon
 from horizonplan.probes.simulation import SimulationError
@@ -28,6 +40,7 @@ from horizonplan.training import (
     Trainer,
     train,
 )
+from horizonplan.tuner import Study, Trial, tune_horizon
 from horizonplan.verify import Report, verify
 
 try:
@@ -39,6 +52,7 @@ __all__ = [
     "AccuracyConstraint",
     "Calibration",
     "Callback",
+    "Card",
     "Chain",
     "ChainError",
     "CheckpointError",
@@ -51,6 +65,9 @@ __all__ = [
     "LadderCost",
     "LinearCost",
     "MemoryLimit",
+    "MicroBatch",
+    "MixedNodes",
+    "MoneyToLoss",
     "Objective",
     "Plan",
     "PlanWarning",
@@ -60,10 +77,13 @@ __all__ = [
     "Row",
     "Schedule",
     "SimulationError",
+    "Study",
     "Sweep",
     "TensorBoard",
     "Terminated",
+    "TimeToLoss",
     "Trainer",
+    "Trial",
     "Weighted",
     "Window",
     "algorithms",
@@ -71,11 +91,14 @@ __all__ = [
     "fit_cosine",
     "fit_memory",
     "fits",
+    "frontier",
     "horizon_backward",
+    "largest_micro_batch",
     "plan_horizon",
     "probes",
     "select",
     "sweep",
     "train",
+    "tune_horizon",
     "verify",
 ]

@@ -18,7 +18,9 @@ from horizonplan.schedule import Schedule
 
 
 def schedule_of(row: Row, depth: int) -> Schedule:
-    """The schedule a row stands for."""
+    """The schedule a row stands for, of each micro-batch if there are several."""
+    if row.algorithm.startswith("LoCo "):
+        return replace(Schedule.loco(depth, int(row.algorithm.removeprefix("LoCo "))), recompute=row.recompute)
     return Schedule.horizon(depth, row.horizon, row.stride, row.recompute)
 
 
@@ -102,9 +104,9 @@ class Room:
 
 
 def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
-    """The rows with their rollouts' rates; without one where the rollout found none."""
-    found = {(s.horizon, s.stride, 0): s for s in rolled}
-    return tuple(_with_rate(row, found.get((row.horizon, row.stride, row.recompute))) for row in rows)
+    """The rows with their rollouts' rates, recomputed ones too; without one where the rollout found none."""
+    found = {(s.horizon, s.stride): s for s in rolled}
+    return tuple(_with_rate(row, found.get((row.horizon, row.stride)) if _same(row) else None) for row in rows)
 
 
 def with_cosine(row: Row, sample: Sample) -> Row:
@@ -115,6 +117,11 @@ def with_cosine(row: Row, sample: Sample) -> Row:
 def with_derived_rate(row: Row) -> Row:
     """The row with cos^2 as its rate, if its cosine is known: what is left when there are no rollouts."""
     return row if row.cosine is None else replace(row, rate=row.cosine**2, rate_source="derived")
+
+
+def _same(row: Row) -> bool:
+    """Whether its gradient is that of its horizon and stride: recomputing changes nothing."""
+    return replace(row, recompute=0).plain
 
 
 def _with_rate(row: Row, sample: Sample | None) -> Row:

@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from horizonplan.alternatives import Alternatives
 from horizonplan.candidates import Room, table
 from horizonplan.cost import Cost, as_cost
 from horizonplan.curves import Curve
 from horizonplan.explain import depth_of, name_of
+from horizonplan.frontier import undominated
 from horizonplan.objective import InfeasibleError, Objective, evaluate, select
 from horizonplan.probes.memory import Stride, stride_of
 from horizonplan.probes.profile import Profile
@@ -39,6 +41,7 @@ class Judge:
         exact_may_win: whether checkpointed back-propagation is a candidate.
         room: what the device has.
         node_bytes: a node's memory where the cost leaves it open; ``None``: back-propagation's need.
+        beside: candidates beside the paper's family.
     """
 
     objective: Objective
@@ -47,10 +50,13 @@ class Judge:
     exact_may_win: bool
     room: Room
     node_bytes: int | None = None
+    beside: Alternatives | None = None
 
     def rows(self, profile: Profile, samples: Iterable[Sample], curves: Mapping[str, Curve]) -> tuple[Row, ...]:
         """The table, judged."""
         rows = table(profile, samples, curves, self.strides, self.exact_may_win)
+        if self.beside is not None:
+            rows += self.beside.rows(profile, rows)
         return self.judged([self.room.holds(row) for row in rows])
 
     def judged(self, rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -85,6 +91,19 @@ def choose_horizon(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row
     return select([row for row in rows if row.stride == 1], objective, cost)
 
 
+def recommend(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row:
+    """The best row by :func:`horizonplan.select`, or the one of the frontier that dominates it.
+
+    So no row is recommended of which another candidate is at least as small, as fast and as good, and better in one:
+    not where objectives tie (whole nodes), and not where the objective does not look at the rate (the largest horizon).
+
+    Raises:
+        InfeasibleError: no candidate is feasible.
+    """
+    judged = evaluate(rows, objective, cost)
+    return undominated(select(judged, objective, cost), judged)
+
+
 def pairs_at(horizon: int, strides: Sequence[Stride]) -> list[tuple[int, int]]:
     """(horizon, stride) for the strides that fit a horizon; stride 1 where none does."""
     fitting = [stride_of(s, horizon) for s in strides if s == "horizon" or (isinstance(s, int) and s <= horizon)]
@@ -96,22 +115,34 @@ def choose_stride(
 ) -> tuple[Row, list[str]]:
     """The better of the strides tried at one horizon, and what to note about it.
 
-    The objective decides; where it does not, the measured rate does (rates within two standard errors
-    count as equal), then fewer FLOPs. If none meets the objective, the one with the largest rate is taken.
+    As :func:`choose_rated`; if none meets the objective, the one with the largest rate is taken.
     """
     tried = [find(rows, *pair) for pair in pairs]
     tried = [row for row in tried if row.fits is not False] or tried
     rates = {row: row.rate for row in tried if row.rate is not None}  # what diverged is out, whatever is asked for
     if not rates:
         return tried[0], [NO_RATE]
-    fastest = max(rates, key=rates.__getitem__)
     try:
-        best = select([replace(row, reference=False) for row in rates], objective, cost).objective
+        best = choose_rated([replace(row, reference=False) for row in rates], objective, cost)
     except InfeasibleError:
-        return fastest, []
-    equal = [row for row in rates if row.feasible and row.objective == best]
-    leader = max(equal, key=rates.__getitem__)
-    return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0), []
+        return max(rates, key=rates.__getitem__), []
+    return find(tried, best.horizon, best.stride), []
+
+
+def choose_rated(rows: Sequence[Row], objective: Objective, cost: Cost) -> Row:
+    """The best row by what was measured: the objective decides, then the rate, then fewer FLOPs.
+
+    Rates within two standard errors count as equal. Rows without a rate and references are out.
+
+    Raises:
+        InfeasibleError: none meets the objective.
+        ValueError: none has a rate.
+    """
+    rated = [row for row in rows if row.rate is not None and not row.reference]
+    best = select(rated, objective, cost)
+    equal = [row for row in evaluate(rated, objective, cost) if row.feasible and row.objective == best.objective]
+    leader = max(equal, key=lambda row: row.rate or 0.0)
+    return min((row for row in equal if _as_fast(row, leader)), key=lambda row: row.flops or 0)
 
 
 def first_that_fits(rows: Sequence[Row], pairs: Sequence[tuple[int, int]]) -> Row:
@@ -150,5 +181,5 @@ def shortfall_notes(rows: Sequence[Row], chosen: Row, objective: Objective, cost
 
 
 def find(rows: Iterable[Row], horizon: int, stride: int) -> Row:
-    """The row of a horizon and stride that recomputes nothing."""
-    return next(r for r in rows if (r.horizon, r.stride, r.recompute) == (horizon, stride, 0))
+    """The row of a horizon and stride that recomputes nothing, splits no batch and rounds no forward."""
+    return next(r for r in rows if (r.horizon, r.stride) == (horizon, stride) and r.plain)

@@ -5,11 +5,12 @@ Algorithms through Model Predictive Control", both in nodes (one node is one dev
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, Self
 
+from horizonplan.cards import Card, Nodes, as_card, nodes_for, priced
 from horizonplan.units import format_bytes, parse_bytes
 
 Cost = Callable[[int], float]
@@ -82,6 +83,48 @@ class LadderCost(_NodeCost):
         return float(self.unit_cost * -(-math.ceil(memory_bytes) // self.node_memory_bytes))
 
 
+@dataclass(frozen=True, init=False)
+class MixedNodes:
+    """Whole nodes of one kind, whichever of several cards is cheapest for a peak: the ladder cost of each, the least.
+
+    A peak that needs several nodes is taken to be split over them, as in the paper's ladder; kinds are not mixed.
+
+    Attributes:
+        cards: The cards, each with memory and price; names of the table may be given for them.
+
+    Raises:
+        ValueError: There are no cards, one has no price or no memory, or two have one name.
+
+    Example:
+        >>> cost = MixedNodes([Card("small", "6GiB", 1.0), Card("large", "24GiB", 3.5)])
+        >>> [str(cost.nodes(size * 2**30)) for size in (6, 12, 18, 24)], cost(24 * 2**30)
+        (['1 x small', '2 x small', '3 x small', '1 x large'], 3.5)
+    """
+
+    kind: ClassVar[str] = "mixed"
+    cards: tuple[Card, ...]
+
+    def __init__(self, cards: Sequence[Card | str]) -> None:
+        made = () if isinstance(cards, str) else tuple(as_card(card) for card in cards)
+        if not made:
+            raise ValueError(f"cards={cards!r}: give a list of Card, such as [Card('h200', price=3.5)]")
+        for card in made:
+            priced(card)
+            if not isinstance(card.memory_bytes, int) or card.memory_bytes < 1:
+                raise ValueError(f"memory_bytes={card.memory_bytes!r} of card {card.name!r}: give bytes >= 1")
+        if len({card.name for card in made}) < len(made):
+            raise ValueError(f"cards: {[card.name for card in made]} have a name twice; give each card once")
+        object.__setattr__(self, "cards", made)
+
+    def nodes(self, memory_bytes: float) -> Nodes:
+        """The cheapest nodes that hold a peak; of equally dear ones the fewest, then the first card's."""
+        return min((nodes_for(memory_bytes, card) for card in self.cards), key=lambda found: (found.price, found.count))
+
+    def __call__(self, memory_bytes: float) -> float:
+        """Price of a peak of ``memory_bytes``."""
+        return self.nodes(memory_bytes).price
+
+
 @dataclass(frozen=True)
 class ForgottenCost:
     """A user's function read back from a file, which keeps its name but no code."""
@@ -101,8 +144,20 @@ def as_cost(cost: Cost | None, default_node_memory: int | str) -> Cost:
     return cost.with_node_memory(default_node_memory) if isinstance(cost, _NodeCost) else cost
 
 
+def nodes_of(cost: Cost, memory_bytes: int) -> tuple[int, str] | None:
+    """How many whole nodes a peak takes, and of what; ``None`` where the cost is not in whole nodes."""
+    if isinstance(cost, MixedNodes):
+        found = cost.nodes(memory_bytes)
+        return found.count, found.card.name
+    if isinstance(cost, LadderCost):
+        return -(-memory_bytes // cost.node_memory_bytes), f"{format_bytes(cost.node_memory_bytes)}"
+    return None
+
+
 def describe(cost: Cost) -> str:
     """Say a cost in words, such as "1 a node of 24.0 GiB, in proportion to the memory used"."""
+    if isinstance(cost, MixedNodes):
+        return f"the cheapest whole nodes of one kind, of {'; '.join(card.describe() for card in cost.cards)}"
     if not isinstance(cost, _NodeCost):
         return f"the function {_name(cost)}"
     node = "unknown memory" if cost.node_memory is None else format_bytes(cost.node_memory_bytes)
@@ -111,6 +166,8 @@ def describe(cost: Cost) -> str:
 
 def to_dict(cost: Cost) -> dict[str, Any]:
     """Write a cost as JSON-ready values; of a user's function only the name."""
+    if isinstance(cost, MixedNodes):
+        return {"kind": cost.kind, "cards": [asdict(card) for card in cost.cards]}
     if not isinstance(cost, _NodeCost):
         return {"kind": "callable", "name": _name(cost)}
     return {"kind": cost.kind, "unit_cost": cost.unit_cost, "node_memory_bytes": cost.node_memory}
@@ -121,8 +178,10 @@ def from_dict(data: Mapping[str, Any]) -> Cost:
     kind = data.get("kind")
     if kind == "callable":
         return ForgottenCost(data["name"])
+    if kind == "mixed":
+        return MixedNodes([Card(**card) for card in data["cards"]])
     if kind not in ("linear", "ladder"):
-        raise ValueError(f"kind={kind!r} is no cost; give 'linear', 'ladder' or 'callable'")
+        raise ValueError(f"kind={kind!r} is no cost; give 'linear', 'ladder', 'mixed' or 'callable'")
     priced = LinearCost if kind == "linear" else LadderCost
     return priced(data.get("unit_cost", 1.0), data.get("node_memory_bytes"))
 

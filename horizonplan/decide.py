@@ -5,7 +5,7 @@ Whatever turns out not to fit the device is marked, and the choice is made again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from horizonplan.probes.sample import Sample
 from horizonplan.probing import Probing
 from horizonplan.rows import Row
 from horizonplan.settle import Settled
+
+OtherThan = Callable[[Sequence[Row], Row, Judge], Row | None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,27 @@ def decide_stride(
     return Decision(rows, chosen, tuple(notes), tuple(rolled))
 
 
-def decide_memory(probing: Probing, judge: Judge, decision: Decision) -> Decision:
-    """The choice with measured memory; one that runs out of it is given up for the next best that does not."""
+def next_best(rows: Sequence[Row], failed: Row, judge: Judge) -> Row | None:
+    """The best of the same horizon that still fits, or else of all horizons; ``None`` if nothing does."""
+    same = [row for row in rows if row.horizon == failed.horizon and row.feasible and not row.reference]
+    if same:
+        return max(same, key=lambda row: row.rate or 0.0)
+    feasible = [row for row in rows if row.stride == 1 and row.feasible]
+    return choose_horizon(feasible, judge.objective, judge.price(rows)) if feasible else None
+
+
+def decide_memory(probing: Probing, judge: Judge, decision: Decision, other_than: OtherThan = next_best) -> Decision:
+    """The choice with measured memory; one that runs out of it is given up for the next best that does not.
+
+    Args:
+        probing: where memory is measured.
+        judge: what was asked for.
+        decision: the choice.
+        other_than: the next best row of a table to one that did not fit, or ``None``.
+    """
     rows, chosen, notes = decision.rows, decision.row, list(decision.notes)
     while chosen.memory_source != "measured":
-        samples = probing.memory([_pair(chosen)], chosen.recompute)
+        samples = probing.memory_of(chosen)
         if not samples or samples[0].source == OUT_OF_MEMORY:
             rows, _ = judge.swapped(rows, chosen, replace(chosen, fits=False))
         elif samples[0].source != "measured":
@@ -69,7 +87,7 @@ def decide_memory(probing: Probing, judge: Judge, decision: Decision) -> Decisio
             rows, chosen = judge.swapped(rows, chosen, judge.room.holds(with_memory(chosen, samples[0])))
             if chosen.fits is not False:
                 break
-        other = _next_best(rows, chosen, judge)
+        other = other_than(rows, chosen, judge)
         if other is None:
             chosen = next(row for row in rows if (_pair(row), row.recompute) == (_pair(chosen), chosen.recompute))
             break
@@ -81,15 +99,6 @@ def decide_memory(probing: Probing, judge: Judge, decision: Decision) -> Decisio
     place = rows.index(chosen)
     rows = judge.judged(rows)
     return replace(decision, rows=rows, row=rows[place], notes=tuple(notes))
-
-
-def _next_best(rows: Sequence[Row], failed: Row, judge: Judge) -> Row | None:
-    """The best of the same horizon that still fits, or else of all horizons; ``None`` if nothing does."""
-    same = [row for row in rows if row.horizon == failed.horizon and row.feasible and not row.reference]
-    if same:
-        return max(same, key=lambda row: row.rate or 0.0)
-    feasible = [row for row in rows if row.stride == 1 and row.feasible]
-    return choose_horizon(feasible, judge.objective, judge.price(rows)) if feasible else None
 
 
 def _pair(row: Row) -> tuple[int, int]:

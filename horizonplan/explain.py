@@ -2,24 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 
-from horizonplan.cost import Cost, describe
+from horizonplan.cost import Cost, describe, nodes_of
 from horizonplan.horizons import HeldOut
 from horizonplan.objective import Objective
 from horizonplan.rows import Row
+from horizonplan.savings import savings
 from horizonplan.units import format_bytes, format_count, format_seconds
 
 MARKS = {"measured": "m", "fitted": "f", "predicted": "p", "derived": "d", "unmeasured": "-"}
 NEARLY = 1.25
 WORTHWHILE = 0.02
+FEWER = 3  # steps down the ladder that are told
 HEADINGS = ("", "candidate", "memory", "cosine", "rate", "cost", "objective", "feasible", "time/step", "FLOPs")
 
 
 def name_of(row: Row, depth: int) -> str:
     """A row's everyday name."""
+    how = f", in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
+    how += f", {row.precision}" if row.precision != "fp32" else ""
     if row.horizon == depth:
-        return f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)"
+        return (f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)") + how
+    how = (f", recompute {row.recompute}" if row.recompute else "") + how
+    if row.algorithm != "horizon":
+        return row.algorithm + how
     kind = "disjoint windows" if row.stride == row.horizon and row.horizon > 1 else f"stride {row.stride}"
-    return f"h={row.horizon}, {kind}" + (f", recompute {row.recompute}" if row.recompute else "")
+    return f"h={row.horizon}, {kind}{how}"
 
 
 def depth_of(rows: Sequence[Row]) -> int:
@@ -59,7 +66,7 @@ def explain(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, 
     """The table, its legend, the choice, the references that beat it, and the notes."""
     legend = "m measured, f fitted, p predicted by folding the schedule over the profile, d derived, - not measured"
     paragraphs = [text_table(rows, chosen), legend, _choice(rows, chosen, objective, cost)]
-    paragraphs += _beaten(rows, chosen)
+    paragraphs += [*_beaten(rows, chosen), *_fewer_nodes(rows, chosen, cost)]
     paragraphs += [f"Note: {note}" for note in notes]
     return "\n\n".join(paragraphs)
 
@@ -88,7 +95,7 @@ def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool)
 
 def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) -> str:
     depth = depth_of(rows)
-    exact = next(row for row in rows if row.horizon == depth and not row.recompute)
+    exact = next(row for row in rows if row.horizon == depth and row.plain)
     saved = 1 - chosen.memory_bytes / exact.memory_bytes
     words = [
         f"Asked for {objective.describe()}; the cost of memory is {describe(cost)}.",
@@ -106,9 +113,13 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
     )
     if chosen.horizon < depth and saved < WORTHWHILE:
         words.append("Horizons save next to nothing here: weights, optimiser or head need the memory.")
-    if chosen.horizon == depth:
-        words.append("Its gradient is exact.")
-    elif chosen.rate is not None:
+    if chosen.exact:
+        truncated = any(row.horizon < depth and row.feasible and not row.reference for row in rows)
+        than = "none of the truncated candidates is better by this objective" if truncated else WITHOUT_TRUNCATION
+        words.append(f"Its gradient is exact: {_saver(chosen)} wins, and {than}.")
+    elif chosen.rate is None:
+        words.append("How fast its loss falls is not known: no run has measured it.")
+    else:
         words.append(
             f"Its loss falls at {chosen.rate:.2f} times back-propagation's rate ({MARKS_IN_WORDS[chosen.rate_source]})."
         )
@@ -117,6 +128,13 @@ def _choice(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost) 
     return " ".join(words)
 
 
+def _saver(chosen: Row) -> str:
+    """What keeps an exact gradient's memory small."""
+    ways = ["activation checkpointing"] * bool(chosen.recompute) + ["accumulation"] * (chosen.micro_batches > 1)
+    return " with ".join(ways)
+
+
+WITHOUT_TRUNCATION = "no truncated candidate is feasible"
 MARKS_IN_WORDS = {
     "measured": "measured",
     "fitted": "fitted",
@@ -134,15 +152,31 @@ def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
     references += [row for row in exact if not row.reference and _no_larger(row, chosen)]
     if better := [row for row in references if _beats(row, chosen)]:
         best = min(better, key=lambda row: (row.step_seconds or 0.0, row.memory_bytes))
-        return [
-            f"A reference beats this choice: {name_of(best, depth)} needs {_compared(best, chosen, depth)}. "
-            + ('Use it unless it is too slow for you (candidates="all" lets it win).' if best.recompute else "Use it.")
-        ]
+        compared = f"{name_of(best, depth)} needs {_compared(best, chosen, depth)}"
+        if not best.reference and not _faster(best, chosen):
+            return [f"Smaller, if you have the time: {compared}."]
+        advice = 'Use it unless it is too slow for you (candidates="all" lets it win).' if best.recompute else "Use it."
+        return [f"A reference beats this choice: {compared}. {advice}"]
     near = [row for row in references if row.horizon == depth and _faster(row, chosen) and _nearly(row, chosen)]
     if near and chosen.horizon < depth:
         best = min(near, key=lambda row: row.memory_bytes)
         return [f"Nearly as small: {name_of(best, depth)} needs {_compared(best, chosen, depth)}."]
     return []
+
+
+def _fewer_nodes(rows: Sequence[Row], chosen: Row, cost: Cost) -> list[str]:
+    """Where fewer or cheaper nodes suffice, and what it takes."""
+    depth, now, told = depth_of(rows), nodes_of(cost, chosen.memory_bytes), []
+    for saving in savings(rows, chosen, cost)[:FEWER]:
+        row = saving.row
+        assert now is not None
+        words = f"{saving.nodes} x {saving.node} instead of {now[0]} x {now[1]} with {name_of(row, depth)}"
+        if row.rate is not None and chosen.rate is not None:
+            words += f": rate {chosen.rate:.2f} -> {row.rate:.2f}"
+        if row.step_seconds and chosen.step_seconds:
+            words += f", {row.step_seconds / chosen.step_seconds:.2f} times the time per step"
+        told.append(f"{words}, {saving.cost:g} saved.")
+    return [" ".join(["Cheaper nodes suffice:", *told])] if told else []
 
 
 def _beats(row: Row, chosen: Row) -> bool:

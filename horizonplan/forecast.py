@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from horizonplan.alternatives import Alternatives, alternatives
 from horizonplan.batch import as_loader, take, tensors
 from horizonplan.candidates import schedule_of
 from horizonplan.chain import Chain
@@ -32,6 +33,7 @@ from horizonplan.probes.steady import Optimize
 from horizonplan.provenance import circumstances, varying
 from horizonplan.rows import Row
 from horizonplan.units import format_bytes
+from horizonplan.weigh import best
 
 CosineFrom = Plan | nn.Module | tuple[nn.Module, Any]
 
@@ -62,11 +64,12 @@ def forecast(
         for stride in judge.strides:
             stride_of(stride, chain.depth)
         costs = profile(chain, biggest, simulation.optimizer(optimizer), repeats=0)
+        beside = _beside(chain, biggest, simulation.optimizer(optimizer)) if judge.exact_may_win else None
         told = circumstances(chain, biggest, optimizer, seed, f"simulated:{card.memory_bytes}")
     if curves:
         curves = {"cosine": _stretched(curves["cosine"], chain.depth)}
     room = replace(judge.room, limit_bytes=card.memory_bytes, margin_bytes=calibration.margin_bytes)
-    here = replace(judge, room=room, node_bytes=card.memory_bytes)
+    here = replace(judge, room=room, node_bytes=card.memory_bytes, beside=beside)
     rows = here.rows(costs, [], curves)
     if curves:
         least = min(curves["cosine"].horizons)
@@ -81,10 +84,10 @@ def forecast(
             "device; give a measured plan or a reduced model, or ask for MemoryLimit."
         )
     price, counts = here.price(rows), "nvml" if here.room.as_memory else "allocated"
-    chosen = choose_horizon(rows, judge.objective, price)
+    chosen = choose_horizon(rows, judge.objective, price) if beside is None else best(rows, here)
     rows, chosen = _with_stride(rows, chosen, here)
     margin = calibration.margin_bytes(step_bytes(schedule_of(chosen, chain.depth), costs))
-    notes += varying(sample)
+    notes += [*varying(sample), *(beside.notes if beside else ())]
     notes += [
         f"Predicted for a card of {format_bytes(card.memory_bytes)} that was not there, with {format_bytes(margin)} "
         f"({calibration.card}) for context, workspaces and fragmentation. Nothing was measured; strides were not tried."
@@ -103,13 +106,18 @@ def forecast(
     )
 
 
+def _beside(chain: Chain, batch: Any, optimizer: Optimize | None) -> Alternatives:
+    """What may be planned beside the paper's family, as far as shapes tell."""
+    return alternatives(chain, batch, lambda one: profile(chain, one, optimizer, repeats=0, summed=False), None)
+
+
 def _unknown(row: Row) -> Row:
     return replace(row, cosine=None, cosine_source="unmeasured", rate=None, rate_source="unmeasured")
 
 
 def _with_stride(rows: tuple[Row, ...], chosen: Row, judge: Judge) -> tuple[tuple[Row, ...], Row]:
     """The first of the strides that fits: without runs there is nothing to choose by."""
-    if chosen.recompute or chosen.horizon == max(row.horizon for row in rows):
+    if not chosen.plain or chosen.horizon == max(row.horizon for row in rows):
         return rows, chosen
     row = first_that_fits(rows, pairs_at(chosen.horizon, judge.strides))
     if row.rate is None and chosen.rate is not None:  # that of stride 1, for want of another

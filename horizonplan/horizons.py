@@ -73,7 +73,7 @@ def doubts(rows: Sequence[Row], curve: Curve | None, choose: Choose, measured: I
     known, now = set(measured), choose(rows)
     found = {}
     for place, row in enumerate(rows):
-        if row.stride > 1 or row.recompute or row.horizon in known or row.cosine_source != "fitted":
+        if row.stride > 1 or not row.plain or row.horizon in known or row.cosine_source != "fitted":
             continue
         low, high = curve.interval(row.horizon)
         changed = 0
@@ -95,7 +95,7 @@ def next_horizon(
     as a test of the fit.
     """
     known = set(measured)
-    open_rows = [row for row in rows if row.stride == 1 and not row.recompute and row.horizon not in known]
+    open_rows = [row for row in rows if row.stride == 1 and row.plain and row.horizon not in known]
     left = [row.horizon for row in open_rows if row.fits is not False] or [row.horizon for row in open_rows]
     if not left:
         return None
@@ -110,8 +110,8 @@ def _with_cosine(row: Row, cosine: float) -> Row:
     return replace(row, cosine=cosine, rate=cosine**2)
 
 
-def _key(row: Row | None) -> tuple[int, int, int] | None:
-    return None if row is None else (row.horizon, row.stride, row.recompute)
+def _key(row: Row | None) -> tuple[int | str, ...] | None:
+    return None if row is None else (row.horizon, row.stride, row.recompute, row.micro_batches, row.precision)
 
 
 def _width(curve: Curve | None, h: int) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from horizonplan.cards import Card as Card  # what a caller of replan_for_cards needs
+from horizonplan.cards import priced
 from horizonplan.choice import choose_horizon, choose_stride, find
 from horizonplan.cost import Cost, LadderCost, as_cost
 from horizonplan.curves import Curve, fit_cosine, fit_memory
@@ -67,21 +69,6 @@ class Strided:
     cosine: float | None = None
     rate: float | None = None
     step_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card that can be had.
-
-    Attributes:
-        name: Its name.
-        memory_bytes: Its memory.
-        price: What one of it costs, in any currency and per any time.
-    """
-
-    name: str
-    memory_bytes: int
-    price: float
 
 
 def plan_from_measurements(
@@ -174,7 +161,7 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
     found: list[tuple[Plan, Card]] = []
     for card in cards:
         try:
-            found.append((replan(plan, objective, LadderCost(card.price, card.memory_bytes)), card))
+            found.append((replan(plan, objective, LadderCost(priced(card), card.memory_bytes)), card))
         except InfeasibleError as error:
             infeasible = error
     if not found:
@@ -187,7 +174,7 @@ def replan_for_cards(plan: Plan, cards: Sequence[Card], objective: Objective | N
 
 def measurements_of(plan: Plan) -> dict[str, Any]:
     """What of a plan was measured, as arguments of ``plan_from_measurements``: nothing predicted or fitted."""
-    seen = [row for row in plan.rows if row.memory_source == "measured" and not row.recompute]
+    seen = [row for row in plan.rows if row.memory_source == "measured" and row.plain]
     plain = [r for r in seen if r.stride == 1 and (r.cosine_source == "measured" or r.horizon == plan.depth)]
     plain.sort(key=lambda row: row.horizon)
     return {
@@ -222,9 +209,9 @@ def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row
     judged = evaluate(rows, objective, price)
     plain = [row for row in judged if row.stride == 1]
     best = choose_horizon([row for row in plain if row.feasible and not row.reference] or plain, objective, price)
-    if best.recompute:
+    if not best.plain:
         return best, judged
-    same = [row for row in judged if row.horizon == best.horizon and not row.recompute and not row.reference]
+    same = [row for row in judged if row.horizon == best.horizon and row.plain and not row.reference]
     run = [(row.horizon, row.stride) for row in same if row.rate_source == "measured"]
     if len(run) > 1 and (best.horizon, 1) in run:
         best, _ = choose_stride(judged, run, objective, price)
@@ -279,7 +266,7 @@ def _by_blocks(
 def _notes(rows: Sequence[Row], curves: Mapping[str, Curve], by_blocks: bool) -> tuple[str, ...]:
     """What the reader of a plan of foreign measurements should know."""
     inner = [row for row in rows if row.stride == 1][:-1]
-    notes = ["Made from given measurements: nothing was probed, and no prediction was tested."]
+    notes = ["Made from measurements that were given: no prediction was tested."]
     if derived := [row.horizon for row in inner if row.rate_source == "derived"]:
         notes.append(DERIVED.format(where="any horizon" if len(derived) == len(inner) else f"h={derived}"))
     if any(row.stride > 1 and row.rate is None for row in rows):

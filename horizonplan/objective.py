@@ -33,6 +33,15 @@ class Objective(ABC):
     def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
         """How far the constraint is missed, relative to what it asks; 0.0 where it holds."""
 
+    def value_of(self, row: Row, cost: float) -> float | None:
+        """What is minimised, of a whole row; override it where a number is needed that ``value`` does not get."""
+        return self.value(row.rate, cost, row.memory_bytes, row.horizon)
+
+    def shortfall_of(self, row: Row, cost: float) -> float:
+        """``shortfall`` of a whole row; what the *device* needs counts against a limit, not the tensors alone."""
+        needed = row.memory_bytes if row.device_bytes is None else row.device_bytes
+        return self.shortfall(row.rate, cost, needed, row.horizon)
+
     def describe(self) -> str:
         """Say the objective in words."""
         return f"the best by {type(self).__name__}"
@@ -158,6 +167,112 @@ class MemoryLimit(Objective):
         return {"kind": "memory", "limit_bytes": self.limit_bytes}
 
 
+class _ToLoss(Objective):
+    """What it takes to reach a loss: a step's price of some kind over its rate, for a number of steps.
+
+    Back-propagation reaches the target after ``steps`` steps; a gradient of rate r needs ``steps / r``.
+    """
+
+    steps: float
+    limit: int | str | None
+    remedy: ClassVar[str] = "measure rates and seconds for at least one candidate, or raise limit"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, Real) or isinstance(self.steps, bool) or not 0 < float(self.steps) < math.inf:
+            raise ValueError(f"steps={self.steps!r}: give back-propagation's steps to the target, a finite number > 0")
+        if self.limit is not None:
+            object.__setattr__(self, "limit", parse_bytes(self.limit, "limit"))
+
+    def value(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float | None:
+        """Unknown: it takes the seconds of a step, which ``value_of`` has."""
+        return None
+
+    def shortfall(self, rate: float | None, cost: float, memory_bytes: int, horizon: int) -> float:
+        """The excess bytes as a part of the limit; without a rate above 0 the loss is never reached."""
+        if rate is None or rate <= 0:
+            return math.inf
+        limit = memory_bytes if self.limit is None else parse_bytes(self.limit, "limit")
+        return max(0, memory_bytes - limit) / max(1, limit)
+
+    def _steps_of(self, row: Row) -> float | None:
+        return None if row.rate is None or row.rate <= 0 else self.steps / row.rate
+
+    def _within(self) -> str:
+        return "" if self.limit is None else f" within {format_bytes(parse_bytes(self.limit, 'limit'))}"
+
+
+@dataclass(frozen=True)
+class TimeToLoss(_ToLoss):
+    """Minimise the seconds to a target loss, n t / r, with t the seconds of a step and r its rate.
+
+    Back-propagation is taken to be there after n steps, and a gradient of rate r after n / r of them (Eq. 14). Which
+    row is best does not depend on n, only the seconds do: where nobody knows n, leave it at 1.
+
+    Attributes:
+        steps: The steps n in which back-propagation reaches the target: from an earlier run's ``result.history``, say.
+        limit: Bytes that a step may need, or ``"24GiB"``; None: what the device has.
+
+    Example:
+        >>> exact = Row(horizon=4, memory_bytes=400, rate=1.0, step_seconds=1.0)
+        >>> half = Row(horizon=2, memory_bytes=200, rate=0.8, step_seconds=0.7)
+        >>> select([exact, half], TimeToLoss(steps=1000)).objective
+        875.0
+    """
+
+    steps: float = 1
+    limit: int | str | None = None
+
+    def value_of(self, row: Row, cost: float) -> float | None:
+        """The seconds; None where rate or step seconds are unknown, or the rate is not above 0."""
+        steps = self._steps_of(row)
+        return None if steps is None or row.step_seconds is None else steps * row.step_seconds
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the least seconds to the loss of {self.steps:g} steps of back-propagation{self._within()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values."""
+        return {"kind": "time", "steps": self.steps, "limit_bytes": self.limit}
+
+
+@dataclass(frozen=True)
+class MoneyToLoss(_ToLoss):
+    """Minimise the money to a target loss, C(M) n t / r: nodes x price an hour x hours.
+
+    The cost's unit is money an hour: of a :class:`horizonplan.LadderCost` of one card, say, or of
+    :class:`horizonplan.MixedNodes` of several. Steps on several nodes are taken to last as long as on one.
+
+    Attributes:
+        steps: As for :class:`TimeToLoss`.
+        limit: Likewise.
+
+    Example:
+        >>> rows = [
+        ...     Row(horizon=4, memory_bytes=400, rate=1.0, step_seconds=1.0),
+        ...     Row(horizon=2, memory_bytes=200, rate=0.8, step_seconds=0.9),
+        ... ]
+        >>> select(rows, MoneyToLoss(steps=3600), lambda size: 2.0 * math.ceil(size / 200)).objective
+        2.25
+    """
+
+    steps: float = 1
+    limit: int | str | None = None
+
+    def value_of(self, row: Row, cost: float) -> float | None:
+        """The money; None where rate or step seconds are unknown, or the rate is not above 0."""
+        steps = self._steps_of(row)
+        return None if steps is None or row.step_seconds is None else cost * steps * row.step_seconds / 3600
+
+    def describe(self) -> str:
+        """Say the objective in words."""
+        return f"the least money to the loss of {self.steps:g} steps of back-propagation{self._within()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the objective as JSON-ready values."""
+        return {"kind": "money", "steps": self.steps, "limit_bytes": self.limit}
+
+
 class InfeasibleError(ValueError):
     """No candidate meets the objective.
 
@@ -182,8 +297,13 @@ def from_dict(data: Mapping[str, Any]) -> Objective:
             return Weighted(data["lam"])
         case "memory":
             return MemoryLimit(data["limit_bytes"])
+        case "time":
+            return TimeToLoss(data["steps"], data["limit_bytes"])
+        case "money":
+            return MoneyToLoss(data["steps"], data["limit_bytes"])
         case kind:
-            raise ValueError(f"kind={kind!r} is no stored objective; give 'accuracy', 'weighted' or 'memory'")
+            known = "'accuracy', 'weighted', 'memory', 'time' or 'money'"
+            raise ValueError(f"kind={kind!r} is no stored objective; give {known}")
 
 
 def evaluate(rows: Iterable[Row], objective: Objective, cost: Cost | None = None) -> tuple[Row, ...]:
@@ -207,7 +327,7 @@ def select(rows: Iterable[Row], objective: Objective, cost: Cost | None = None) 
     """Return the row of least objective, evaluated, among the feasible ones that are no references.
 
     Rows whose objectives are exactly equal are ranked by fewer FLOPs (unknown ones last), higher rate, smaller
-    horizon, smaller stride, and last fewer bytes.
+    horizon, smaller stride, fewer seconds, and last fewer bytes.
 
     Arguments are those of ``evaluate``.
 
@@ -228,37 +348,39 @@ more horizons and batches
     if feasible := [row for row in candidates if row.feasible]:
         return min(feasible, key=_rank)
     nearest = min(
-        candidates, key=lambda row: (row.fits is False, _shortfall(row, objective, row.cost or 0.0), *_rank(row))
+        candidates, key=lambda row: (row.fits is False, objective.shortfall_of(row, row.cost or 0.0), *_rank(row))
     )
     rate = "unknown" if nearest.rate is None else f"{nearest.rate:.4g}"
     needed = nearest.memory_bytes if nearest.device_bytes is None else nearest.device_bytes
     margin = needed - nearest.memory_bytes
     raise InfeasibleError(
-        f"no candidate is feasible for {objective.describe()}; the nearest, horizon {nearest.horizon} and stride "
-        f"{nearest.stride}, has rate {rate} and needs {format_bytes(needed)}"
+        f"no candidate is feasible for {objective.describe()}; the nearest, {_way(nearest)}, has rate {rate} and needs "
+        f"{format_bytes(needed)}"
         f"{f' ({format_bytes(margin)} of them for context and margin)' if margin > 0 else ''}"
         f"{_TOO_LARGE if nearest.fits is False else f': {objective.remedy}'}",
         nearest,
     )
 
 
+def _way(row: Row) -> str:
+    """What a row does, in words."""
+    words = f"horizon {row.horizon} and stride {row.stride}"
+    words += f", recompute {row.recompute}" if row.recompute else ""
+    words += f", in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
+    return words + (f", {row.precision}" if row.precision != "fp32" else "")
+
+
 def _evaluated(row: Row, objective: Objective, cost: float) -> Row:
     if not math.isfinite(cost):
         raise ValueError(f"cost returned {cost} for {row.memory_bytes} bytes; let it return a finite price")
-    value = objective.value(row.rate, cost, row.memory_bytes, row.horizon)
-    met = value is not None and row.fits is not False and _shortfall(row, objective, cost) == 0.0
+    value = objective.value_of(row, cost)
+    met = value is not None and row.fits is not False and objective.shortfall_of(row, cost) == 0.0
     return replace(row, cost=cost, objective=value, feasible=met)
-
-
-def _shortfall(row: Row, objective: Objective, cost: float) -> float:
-    """How far a constraint is missed; what the *device* needs counts against a limit, not the tensors alone."""
-    needed = row.memory_bytes if row.device_bytes is None else row.device_bytes
-    return objective.shortfall(row.rate, cost, needed, row.horizon)
 
 
 def _rank(row: Row) -> tuple[float, ...]:
     slowness = None if row.rate is None else -row.rate
-    ranks = (row.objective, row.flops, slowness, row.horizon, row.stride, row.memory_bytes)
+    ranks = (row.objective, row.flops, slowness, row.horizon, row.stride, row.step_seconds, row.memory_bytes)
     return tuple(math.inf if rank is None else rank for rank in ranks)
 
 

@@ -18,11 +18,14 @@ from horizonplan.chain import Chain
 from horizonplan.cost import Cost
 from horizonplan.curves import Curve
 from horizonplan.explain import explain, probing_in_words, tested_in_words, text_table
-from horizonplan.gradient import horizon_backward
+from horizonplan.frontier import frontier
 from horizonplan.horizons import HeldOut
 from horizonplan.objective import Objective
+from horizonplan.precision import autocast
+from horizonplan.probes.pieces import at_most, gradient
 from horizonplan.projection import Projection
 from horizonplan.rows import Row
+from horizonplan.savings import Saving, savings
 from horizonplan.schedule import Schedule
 from horizonplan.units import format_bytes
 
@@ -73,7 +76,7 @@ class Plan:
         """
         if self.held_out:
             return all(test.ok for test in self.held_out)
-        return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and not row.recompute)
+        return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and row.plain)
 
     @property
     def horizon(self) -> int:
@@ -89,6 +92,26 @@ class Plan:
     def recompute(self) -> int:
         """k: activation checkpointing every k blocks; 0 keeps the graphs."""
         return self.row.recompute
+
+    @property
+    def micro_batches(self) -> int:
+        """Parts of a batch whose gradients are accumulated; 1 takes it whole."""
+        return self.row.micro_batches
+
+    @property
+    def precision(self) -> str:
+        """``"fp32"``: forwards as they are; ``"bf16"``: under autocast."""
+        return self.row.precision
+
+    @property
+    def frontier(self) -> tuple[Row, ...]:
+        """The rows that fit and are not dominated in memory, time and rate; see :func:`horizonplan.frontier`."""
+        return frontier(self.rows)
+
+    @property
+    def savings(self) -> tuple[Saving, ...]:
+        """Where fewer or cheaper nodes suffice, and what to train with then; empty unless nodes are bought whole."""
+        return savings(self.rows, self.row, self.cost)
 
     @property
     def schedule(self) -> Schedule:
@@ -118,8 +141,12 @@ class Plan:
         return chain
 
     def backward(self, chain: Chain, batch: Any, scale: float | Tensor = 1.0) -> Tensor:
-        """Accumulate the plan's gradient into ``p.grad``; see :func:`horizonplan.horizon_backward`."""
-        return horizon_backward(chain, batch, self.schedule, scale=scale)
+        """Accumulate the plan's gradient into ``p.grad``, in its micro-batches and its precision.
+
+        See :func:`horizonplan.horizon_backward`.
+        """
+        with autocast(self.precision, chain.device):
+            return gradient(chain, batch, self.schedule, at_most(batch, self.micro_batches), scale)
 
     def explain(self) -> str:
         """The table and the choice in plain words."""
@@ -140,6 +167,12 @@ class Plan:
     def plot(self, path: str | Path) -> None:
         """Draw memory, cosine and rate, and objective over the horizon into a file (PNG, SVG or PDF)."""
         from horizonplan.plot import draw
+
+        draw(self, path)
+
+    def plot_frontier(self, path: str | Path) -> None:
+        """Draw all rows by memory and time of a step, with the frontier and the choice, into a file (PNG, SVG, PDF)."""
+        from horizonplan.plot_frontier import draw
 
         draw(self, path)
 

@@ -18,8 +18,9 @@ from horizonplan.chain import Chain
 from horizonplan.chain.calls import rng_devices, seeded, training_mode
 from horizonplan.chain.chain import refuse_wrappers
 from horizonplan.choice import Judge, choose_horizon, shortfall_notes
+from horizonplan.contest import best_rated, decide_by_rollouts
 from horizonplan.cost import Cost
-from horizonplan.decide import decide_memory, decide_stride
+from horizonplan.decide import Decision, decide_memory, decide_stride, next_best
 from horizonplan.devices import ASSUMED, Calibration, Card, check_calibration, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
@@ -28,17 +29,21 @@ from horizonplan.plan import Plan
 from horizonplan.probes.budget import Budget, available_bytes, taken
 from horizonplan.probes.memory import Stride, largest, stride_of
 from horizonplan.probes.nvml import FALLBACKS, read
+from horizonplan.probes.runs import Stream
 from horizonplan.probes.steady import Optimize
 from horizonplan.probes.tracker import own_bytes
 from horizonplan.probing import Probing, counted_chain, fitting
-from horizonplan.progress import Progress, reporter
+from horizonplan.progress import Progress, Report, reporter
 from horizonplan.projection import Projection
 from horizonplan.provenance import circumstances, measurements, varying
-from horizonplan.settle import settle
+from horizonplan.settle import Settled, settle
+from horizonplan.weigh import best, decide_with_runs, weigh_memory
 
 logger = logging.getLogger("horizonplan")
 
+ROLLOUT_STEPS, RACE_STEPS = 50, 128  # docs/log.md, "Rates: short runs promise too much"
 DEFAULT_OBJECTIVE = AccuracyConstraint(epsilon=0.1)
+DEFAULT_STRIDES: tuple[Stride, ...] = (1, "horizon")
 
 
 def plan_horizon(
@@ -50,8 +55,8 @@ def plan_horizon(
     objective: Objective = DEFAULT_OBJECTIVE,
     cost: Cost | None = None,
     candidates: str = "horizons",
-    strides: Sequence[Stride] = (1, "horizon"),
-    rollout_steps: int = 50,
+    strides: Sequence[Stride] = DEFAULT_STRIDES,
+    rollout_steps: int | None = None,
     horizons: Sequence[int] | None = None,
     batches: int = 4,
     optimizer: Optimize | None = None,
@@ -63,6 +68,8 @@ def plan_horizon(
     probe_steps: float = 60,
     cosine_from: CosineFrom | None = None,
     calibration: Calibration = ASSUMED,
+    accuracy: str = "cosine",
+    rollout_budget: float = 800,
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
@@ -84,9 +91,13 @@ def plan_horizon(
         blocks: ``None``: found; or a name pattern, a container's name, or a list of submodule names.
         objective: what to minimise, and subject to what.
         cost: ``None``: ``LinearCost()``. A node memory left open is the card's, on CPU M(T).
-        candidates: ``"horizons"``, the paper's family, or ``"all"``: checkpointed back-propagation may win too.
-        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows.
-        rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2.
+        candidates: ``"horizons"``, the paper's family; or ``"all"``: back-propagation with activation checkpointing and
+            in micro-batches, recomputed windows and bf16 may win too, and no candidate dominates the choice
+            (:func:`horizonplan.frontier`). Seconds count in that, and a clock never shows the same twice.
+        strides: strides to weigh at the chosen horizon: whole numbers, or ``"horizon"`` for disjoint windows. Left
+            as it is, ``candidates="all"`` weighs 2 as well.
+        rollout_steps: steps of each short run; 0: the first of ``strides``, rates derived as cos^2. With
+            ``accuracy="rollout"`` the steps after which rates are compared, or more. ``None``: 50, or 128.
         horizons: where to measure first; ``None``: four, spread over 1..T.
         batches: batches for the cosine; memory and time are measured on the largest of them.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW.
@@ -101,6 +112,10 @@ def plan_horizon(
         cosine_from: for a simulated device: where cosines come from. A :class:`Plan` that was measured, or a
             reduced model (or a pair of model and data) to measure; by the part h/T of the depth.
         calibration: for a simulated device: what its context, libraries and allocator take.
+        accuracy: where rates come from. ``"cosine"``: the paper's model cos^2 chooses h, and short runs the stride.
+            ``"rollout"``: every candidate that may win is run for a few steps, and those that still may for more
+            (:func:`horizonplan.racing.race`).
+        rollout_budget: what those runs may take, in steps of back-propagation; never exceeded.
 
     Raises:
         InfeasibleError: no candidate meets the objective; ``.nearest`` is the row that misses it by least.
@@ -108,14 +123,21 @@ def plan_horizon(
         torch.OutOfMemoryError: not even one block at a time fits the device.
         ValueError: bad arguments, an empty or rejected batch, a loss that is not finite.
     """
+    if rollout_steps is None:
+        rollout_steps = RACE_STEPS if accuracy == "rollout" else ROLLOUT_STEPS
     _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
+    _check_rollouts(accuracy, rollout_steps, rollout_budget)
     check_calibration(calibration)
     refuse_wrappers(model)
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
     how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
     room = Room(as_memory=memory == "nvml")
-    judge = Judge(objective, cost, tuple(strides), candidates == "all", room)
+    everything = candidates == "all"
+    weighed = (1, 2, "horizon") if everything and tuple(strides) == DEFAULT_STRIDES else tuple(strides)
+    judge = Judge(objective, cost, weighed, everything, room)
     if card is not None and card.kind == "simulated":
+        if accuracy != "cosine":
+            raise ValueError("accuracy='rollout': nothing can be run on a simulated device; leave it out.")
         with _own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
     if cosine_from is not None:
@@ -139,19 +161,21 @@ def plan_horizon(
             stride_of(stride, chain.depth)
         report(f"profile {chain.depth} blocks")
         probing = Probing(chain, sample, optimizer, limit, flops)
+        beside = probing.alternatives() if everything else None
         report(f"memory and cosine at {len(places)} horizons")
-        judge = replace(judge, node_bytes=_node_bytes(place, card))
-        found = settle(probing, judge, places, probe_steps)
-        chosen = choose_horizon(found.rows, objective, found.judge.price(found.rows))
-        report(_next_stage(chosen.horizon, chain.depth, rollout_steps))
-        order = taken(loader, rollout_steps) if rollout_steps else []
-        decision = decide_stride(probing, found, chosen, order, rollout_steps, seed)
+        judge = replace(judge, node_bytes=_node_bytes(place, card), beside=beside)
+        found = settle(probing, judge, places, 0 if accuracy == "rollout" else probe_steps)
+        if accuracy == "rollout":
+            report(f"rollouts of up to {rollout_steps} steps or more")
+            decision = decide_by_rollouts(probing, found, Stream(loader), rollout_steps, rollout_budget, seed)
+        else:
+            decision = _by_cosine(probing, found, loader, rollout_steps, seed, everything, report)
         report("memory of the choice")
-        decision = decide_memory(probing, found.judge, decision)
+        decision = _with_memory(probing, found.judge, decision, everything, accuracy)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
-    told = (*found.notes, *decision.notes, *probing.notes())
+    told = (*found.notes, *decision.notes, *probing.notes(), *(beside.notes if beside else ()))
     notes = (*varying(sample), *told, *shortfall_notes(rows, chosen, objective, price))
     spent, seconds = {stage: round(steps, 2) for stage, steps in probing.spent.items()}, time.perf_counter() - started
     logger.info("probing took %.1f s, in steps of back-propagation: %s", seconds, spent)
@@ -203,6 +227,15 @@ def _check(
         raise ValueError(f"probe_steps={probe_steps!r}: give a number of back-propagation steps >= 0.")
 
 
+def _check_rollouts(accuracy: str, rollout_steps: int, rollout_budget: float) -> None:
+    if accuracy not in ("cosine", "rollout"):
+        raise ValueError(f"accuracy={accuracy!r}: give 'cosine' or 'rollout'.")
+    if isinstance(rollout_budget, bool) or not isinstance(rollout_budget, int | float) or not rollout_budget >= 0:
+        raise ValueError(f"rollout_budget={rollout_budget!r}: give a number of back-propagation steps >= 0.")
+    if accuracy == "rollout" and rollout_steps < 1:
+        raise ValueError(f"rollout_steps={rollout_steps!r}: give at least 1 with accuracy='rollout'.")
+
+
 def _chain(
     model: nn.Module, sample: Sequence[Any], how: dict[str, Any], place: torch.device, budget: Budget | None
 ) -> tuple[Chain, int | None, int]:
@@ -222,10 +255,36 @@ def _chain(
     return chain, limit, flops
 
 
-def _next_stage(horizon: int, depth: int, rollout_steps: int) -> str:
-    if horizon == depth:
-        return "no short runs: exact"
-    return f"short runs at h={horizon}" if rollout_steps else f"no short runs: the first stride at h={horizon}"
+def _by_cosine(
+    probing: Probing,
+    found: Settled,
+    loader: Iterable[Any],
+    rollout_steps: int,
+    seed: int,
+    everything: bool,
+    report: Report,
+) -> Decision:
+    """The choice by cosine^2, and what short runs make of it."""
+    if everything:
+        chosen = best(found.rows, found.judge)
+    else:
+        chosen = choose_horizon(found.rows, found.judge.objective, found.judge.price(found.rows))
+    if chosen.horizon == probing.chain.depth:
+        report("no short runs: exact")
+    elif rollout_steps:
+        report(f"short runs at h={chosen.horizon}")
+    else:
+        report(f"no short runs: the first stride at h={chosen.horizon}")
+    order = taken(loader, rollout_steps) if rollout_steps else []
+    decide = decide_with_runs if everything else decide_stride
+    return decide(probing, found, chosen, order, rollout_steps, seed)
+
+
+def _with_memory(probing: Probing, judge: Judge, decision: Decision, everything: bool, accuracy: str) -> Decision:
+    """The choice with measured memory, or the next one where it does not fit."""
+    if everything:
+        return weigh_memory(probing, judge, decision)
+    return decide_memory(probing, judge, decision, best_rated if accuracy == "rollout" else next_best)
 
 
 def _node_bytes(place: torch.device, card: Card | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +51,8 @@ def draw(plan: Drawable, path: str | Path) -> None:
 
 
 def _families(plan: Drawable) -> list[tuple[str, str, list[Row]]]:
-    stride_one = [r for r in plan.rows if r.stride == 1 and not r.recompute]
-    disjoint = [r for r in plan.rows if r.stride == r.horizon > 1]
+    stride_one = [r for r in plan.rows if r.stride == 1 and r.plain]
+    disjoint = [r for r in plan.rows if r.stride == r.horizon > 1 and r.plain]
     return [("s = 1", "C0", stride_one), ("s = h (disjoint)", "C1", disjoint)]
 
 
@@ -64,7 +65,7 @@ def _memory(axes: Any, plan: Drawable) -> None:
         ends = (1, plan.depth)
         axes.plot(ends, [curve(h) / unit for h in ends], ":", color="0.5", label="the paper's line")
     for row in plan.rows:
-        if row.recompute:
+        if row.recompute and row.horizon == plan.depth and replace(row, recompute=0).plain:
             axes.plot(
                 plan.depth, row.memory_bytes / unit, "^", color="C2", label=f"BP, checkpoint every {row.recompute}"
             )
@@ -90,7 +91,7 @@ def _cosine(axes: Any, plan: Drawable) -> None:
     seen = [r for r in disjoint if r.cosine_source == "measured"]
     if seen:
         axes.plot([r.horizon for r in seen], [r.cosine for r in seen], "s", color=other, label="cosine, s = h")
-    rolled = [r for r in plan.rows if r.rate_source == "measured"]
+    rolled = [r for r in plan.rows if r.rate_source == "measured" and r.plain]
     for row in rolled:
         axes.plot(
             row.horizon,

@@ -103,6 +103,14 @@ def step_flops(schedule: Schedule, profile: Profile) -> int:
     return sum(profile.costs[_cost_key(op, profile, pulled)].flops for op in ops if not isinstance(op, Drop))
 
 
+def forward_flops(profile: Profile) -> int:
+    """FLOPs of the terminal loss alone, or some more: of the head its backward may be among them."""
+    ops = profile.ops(Schedule.exact(profile.depth))
+    pulled = _pulls_last(ops, profile)
+    forward = (op for op in ops if isinstance(op, Run | Loss))
+    return sum(profile.costs[_cost_key(op, profile, pulled)].flops for op in forward)
+
+
 def step_seconds(schedule: Schedule, profile: Profile) -> float | None:
     """Seconds of one step, the optimiser's included; ``None`` if the profile has no times."""
     if not profile.seconds:

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from horizonplan import probes
+from horizonplan.alternatives import Alternatives, alternatives
 from horizonplan.batch import batch_size, move
 from horizonplan.chain import Chain
 from horizonplan.frugal import Frugal
+from horizonplan.precision import autocast
 from horizonplan.predict import step_bytes, step_flops
 from horizonplan.probes import Flops
 from horizonplan.probes.budget import recover
 from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.cosine import Cosines
-from horizonplan.probes.memory import COUNTED_STEPS, FAILED, OUT_OF_MEMORY, WARM_STEPS, attempt, largest
+from horizonplan.probes.memory import COUNTED_STEPS, FAILED, OUT_OF_MEMORY, WARM_STEPS, Value, attempt, largest
+from horizonplan.probes.profile import Profile
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.steady import Optimize
+from horizonplan.rows import Row
 from horizonplan.schedule import Schedule
 
 
@@ -67,6 +71,23 @@ class Probing:
         self.bp_flops = max(1, step_flops(Schedule.exact(chain.depth), profile))
         self.spent = {"profile": (profile.spent_flops + chain_flops) / self.bp_flops, "memory": 0.0, "cosine": 0.0}
 
+    def alternatives(self) -> Alternatives:
+        """Profiles of what may be planned beside the paper's family, all timed in turn with the batch's own."""
+        spent = 0
+
+        def measure(batch: Any) -> Profile:
+            nonlocal spent
+            found = probes.profile(self.chain, batch, self.optimizer, repeats=0, summed=False)
+            spent += found.spent_flops
+            return found
+
+        with fitting(self.chain.device):
+            others = (move(batch, self.chain.device) for batch in self.batches)
+            found = alternatives(self.chain, self.biggest, measure, others)
+            self.profile, found = found.timed(self.chain, self.biggest, self.profile, self.optimizer)
+        self.spent["profile"] += spent / self.bp_flops
+        return found
+
     @property
     def probed(self) -> float:
         """Price of all probes, short runs apart."""
@@ -90,6 +111,20 @@ class Probing:
     def price(self, horizon: int) -> float:
         """What measuring memory and cosine at a horizon would take."""
         return self._memory_price([(horizon, 1)]) + self._cosine_price([(horizon, 1)])
+
+    def memory_of(self, row: Row) -> list[Sample]:
+        """Measure a row's peak bytes, whatever it recomputes, splits and rounds; no sample if that is not worth trying.
+
+        Only a plain row's sample is kept.
+        """
+        pair = row.horizon, row.stride
+        if row.plain or (row.micro_batches, row.precision) == (1, "fp32"):
+            return self.memory([pair], row.recompute)
+        with autocast(row.precision, self.chain.device):
+            given = [self.biggest], [row.horizon], [row.stride], self.optimizer, row.recompute
+            found = probes.memory(self.chain, *given, micro_batches=row.micro_batches)
+        self.spent["memory"] += self._memory_price([pair], row.recompute)
+        return found
 
     def memory(self, pairs: Sequence[tuple[int, int]], recompute: int = 0) -> list[Sample]:
         """Measure peak bytes; what is predicted to need as much as a step that ran out of memory is not tried."""
@@ -135,12 +170,23 @@ class Probing:
 
         found, reason = self._thriftily(run)
         if found is None:
-            self.no_rates = (
-                f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
-            )
+            self._say_no_rates(reason)
         return found or []
 
-    def _thriftily(self, run: Callable[[Frugal], Callable[[], list[Sample]]]) -> tuple[list[Sample] | None, str]:
+    def raced(self, run: Callable[[Frugal], Value]) -> Value | None:
+        """What comes of a race of real runs in the first way that does not run out of memory.
+
+        ``None`` where there is no such way; ``no_rates`` then says why.
+        """
+        found, reason = self._thriftily(lambda way: partial(run, way))
+        if found is None:
+            self._say_no_rates(reason)
+        return found
+
+    def _say_no_rates(self, reason: str) -> None:
+        self.no_rates = f"There were no short runs: back-propagation does not fit this device in any way ({reason})."
+
+    def _thriftily(self, run: Callable[[Frugal], Callable[[], Value]]) -> tuple[Value | None, str]:
         """What runs in the first way that does not run out of memory; or ``None`` and why there is none."""
         reason = ""
         for way in self.frugal.levels(batch_size(self.biggest)):

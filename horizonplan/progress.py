@@ -6,9 +6,10 @@ from collections.abc import Callable
 from rich.console import Console
 
 Progress = bool | None | Callable[[str, int, int], None]
+Report = Callable[[str | None], None]
 
 
-def reporter(progress: Progress, total: int) -> Callable[[str | None], None]:
+def reporter(progress: Progress, total: int) -> Report:
     """Return ``report(message)``, to be called when a stage begins, and with ``None`` at the end.
 
     Args:

@@ -89,6 +89,16 @@ class Row:
             if (source := getattr(self, name)) not in _SOURCES:
                 raise ValueError(f"{name}={source!r} is no source; give one of {', '.join(_SOURCES)}")
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a horizon and stride as such: nothing recomputed, the batch whole, in fp32."""
+        return (self.algorithm, self.recompute, self.micro_batches, self.precision) == ("horizon", 0, 1, "fp32")
+
+    @property
+    def exact(self) -> bool:
+        """Whether its gradient is known to be back-propagation's."""
+        return self.cosine_source == "derived"
+
     def to_dict(self) -> dict[str, Any]:
         """Write the row as JSON-ready values."""
         return dict(vars(self))  # as asdict, which copies every number, and takes ten times as long

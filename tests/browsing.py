@@ -30,13 +30,13 @@ def chromium():
 def visits(browser, address):
     """A function that opens pages of a service; at the end nothing may have appeared on their consoles.
 
-    Its argument ``refused`` says that answers with a status of 4xx are part of the test.
+    Its argument ``ignored`` is how messages begin that are part of the test.
     """
     complaints, contexts = [], []
 
-    def opened(path="/", refused=False, **options):
+    def opened(path="/", ignored=None, **options):
         def complain(text):
-            if not (refused and text.startswith(REFUSED)):
+            if ignored is None or not text.startswith(ignored):
                 complaints.append(text)
 
         context = browser.new_context(base_url=address, viewport=options.pop("viewport", WIDE), **options)

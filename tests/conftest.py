@@ -22,3 +22,11 @@ settings.load_profile("horizonplan")
 def _seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def app(tmp_path):
+    """The service on a database of its own."""
+    from horizonplan.api import Settings, create_app  # most tests need none of it
+
+    return create_app(Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3"))

@@ -6,7 +6,7 @@ import threading
 from starlette.testclient import TestClient
 
 from horizonplan.api import Settings, create_app
-from horizonplan.api.batches import Batches, QueueFull
+from horizonplan.api.batches import Batches, TooManyWaiting
 
 ASKED = {"depth": 4, "horizons": [1, 2, 3, 4], "memory_bytes": [10, 15, 20, 25], "cosine": [0.5, 0.8, 0.95, 1]}
 
@@ -136,7 +136,7 @@ def test_more_than_may_wait_are_refused():
     work = Work()
     results = asyncio.run(gathered(Batches(work, forget, largest=1, most_waiting=2), work, [1, 2, 3, 4]))
     assert results[:3] == [1, 4, 9]
-    assert isinstance(results[3], QueueFull)
+    assert isinstance(results[3], TooManyWaiting)
 
 
 def test_one_that_is_gone_holds_up_nobody():

@@ -9,7 +9,7 @@ import re
 
 import pytest
 from api_jobs import TINY
-from browsing import PHONE, WIDE, choice, choice_of, chromium, posted, set_slider, stored, visits
+from browsing import PHONE, REFUSED, WIDE, choice, choice_of, chromium, posted, set_slider, stored, visits
 from playwright.sync_api import expect
 from served import served
 from test_api_plans import ASKED
@@ -211,7 +211,7 @@ def every_page(page):
 
 @pytest.mark.parametrize("viewport", [PHONE, WIDE], ids=["phone", "wide"])
 def test_no_page_is_wider_than_the_window(open_page, viewport):
-    page = open_page(viewport=viewport, refused=True)
+    page = open_page(viewport=viewport, ignored=REFUSED)
     for path in every_page(page):
         page.goto(path)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -221,7 +221,7 @@ def test_no_page_is_wider_than_the_window(open_page, viewport):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_schemes(open_page, scheme):
     """WCAG 2.2: a contrast of 4.5 between a text and what is behind it, 3 where it is large."""
-    page = open_page(color_scheme=scheme, refused=True)
+    page = open_page(color_scheme=scheme, ignored=REFUSED)
     for path in every_page(page):
         page.goto(path)
         low = page.evaluate(CONTRASTS)
@@ -233,7 +233,7 @@ def test_text_can_be_read_in_both_schemes(open_page, scheme):
 
 
 def test_every_control_has_a_name_and_headings_are_in_order(open_page):
-    page = open_page(refused=True)
+    page = open_page(ignored=REFUSED)
     for path in every_page(page):
         page.goto(path)
         assert page.evaluate(NAMELESS) == [], path

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from api_jobs import TINY, settings_for, wait_for, working
-from browsing import choice, choice_of, chromium, posted, set_slider, stored, visits
+from browsing import REFUSED, choice, choice_of, chromium, posted, set_slider, stored, visits
 from playwright.sync_api import expect
 from test_api_plans import ASKED
 
@@ -135,7 +135,7 @@ def test_with_keys_somebody_signs_in_and_follows_a_job(browser, tmp_path):
     settings = settings_for(tmp_path).model_copy(update={"require_keys": True})
     with running(settings) as (app, address), visits(browser, address) as opened:
         key = security.new_key(app.state.database, "mine")
-        page = opened("/history", refused=True)
+        page = opened("/history", ignored=REFUSED)
         page.get_by_label("Key").fill("hp_guess")
         page.get_by_role("button", name="Sign in").click()
         expect(page.locator("#e-key")).to_have_text("This key is not known here.")
@@ -157,7 +157,7 @@ def test_with_keys_somebody_signs_in_and_follows_a_job(browser, tmp_path):
 def test_a_page_of_another_site_can_post_nothing(browser, service):
     form = '<form method="post" action="{}/plans"><textarea name="json">{}</textarea><button>Win</button></form>'
     with visits(browser, service[1]) as opened:
-        page = opened(refused=True)
+        page = opened(ignored=REFUSED)
         body = form.format(service[1], json.dumps(ASKED))
         page.route("http://other.example/", lambda route: route.fulfill(body=body, content_type="text/html"))
         page.goto("http://other.example/")
@@ -207,6 +207,42 @@ def test_a_service_that_goes_away_is_told_and_waited_for(browser, tmp_path):
         expect(page.locator("#job-lost")).to_have_text("")
     expect(page.locator("#job-lost")).to_contain_text("The service is away", timeout=20_000)
     page.context.close()
+
+
+@pytest.mark.slow
+def test_a_dial_that_is_not_answered_is_told(browser, service):
+    with visits(browser, service[1]) as opened:
+        page = opened(
+            ignored=("Failed to load resource: the server responded with a status of 503", "Response Status Error")
+        )
+        page.goto(f"/plans/{stored(page)['id']}")
+        before = choice(page).text_content()
+        page.route("**/plans/*?*", lambda route: route.fulfill(status=503, body="away"))
+        set_slider(page, "epsilon", 0.6)
+        expect(page.locator("#dials-failed")).to_contain_text("The service did not answer")
+        assert choice(page).text_content() == before
+        page.unroute("**/plans/*?*")
+        set_slider(page, "epsilon", 0.61)
+        expect(page.locator("#dials-failed")).to_have_text("")
+        expect(choice(page)).not_to_have_text(before)
+
+
+@pytest.mark.slow
+def test_a_job_that_ended_while_its_page_was_made_is_not_waited_for(browser, service):
+    """Its page still says that it runs, and has its last event already."""
+    with visits(browser, service[1]) as opened:
+        page = opened()
+        job = posted(page, "/v1/jobs", TINY)["id"]
+        page.goto(f"/jobs/{job}")
+        early = page.content().replace('data-last="1"', 'data-last="2"')
+        assert 'data-last="2"' in early
+        assert 'data-live="true"' in early
+        page.goto("/")
+        assert page.request.post(f"/v1/jobs/{job}/cancel").ok
+        page.route(f"**/jobs/{job}", lambda route: route.fulfill(body=early, content_type="text/html"), times=1)
+        page.goto(f"/jobs/{job}")
+        expect(page.locator("#job-state")).to_have_text("cancelled")
+        expect(page.locator("[data-live]")).to_have_count(0)
 
 
 @pytest.mark.slow

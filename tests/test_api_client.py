@@ -17,11 +17,6 @@ POINTS = (12, [1, 4, 8, 12], [11_000_000, 14_000_000, 18_000_000, 22_000_000], [
 
 
 @pytest.fixture
-def app(tmp_path):
-    return create_app(Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3"))
-
-
-@pytest.fixture
 def client(app):
     with TestClient(app, base_url="http://localhost") as http:
         yield Client("http://localhost", transport=http._transport)

@@ -78,3 +78,5 @@ def test_a_method_that_is_none_is_told_which_are(tmp_path):
             answer = client.request("TRACE", path.replace("{", "").replace("}", ""))
             assert answer.status_code == 405
             assert set(answer.headers["allow"].split(", ")) == {name.upper() for name in operations}
+        assert client.post("/static/page.css").headers["allow"] == "GET, HEAD"
+        assert "/openapi.json" in client.get("/docs").json()["detail"]

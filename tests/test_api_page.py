@@ -30,11 +30,6 @@ HOSTILE = "<script>alert(1)</script>\"'&"
 
 
 @pytest.fixture
-def app(tmp_path):
-    return create_app(Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3"))
-
-
-@pytest.fixture
 def client(app):
     with TestClient(app, base_url="http://localhost") as client:
         yield client

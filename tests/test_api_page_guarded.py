@@ -25,11 +25,6 @@ HOSTILE = "<script>alert(1)</script>\"'&"
 
 
 @pytest.fixture
-def app(tmp_path):
-    return create_app(Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3"))
-
-
-@pytest.fixture
 def client(app):
     with TestClient(app, base_url=HOST) as client:
         yield client
@@ -201,7 +196,7 @@ def test_exact_alternatives_stand_beside_the_frontier(app, client):
         step_seconds=0.25, step_seconds_source="predicted", reference=True,
     )  # fmt: skip
     with app.state.database.write() as connection:
-        plan_id, _ = plans.store(connection, replace(PLAN, rows=(*PLAN.rows, thrifty)))
+        plan_id = plans.store(connection, replace(PLAN, rows=(*PLAN.rows, thrifty)))
     text = client.get(f"/plans/{plan_id}").text
     exact = text.partition('<div id="exact"')[2].partition("</div>")[0]
     ways = [re.sub("<[^>]+>", " ", row).split() for row in exact.split("<tr")[2:]]

@@ -10,7 +10,6 @@ import pytest
 from starlette.testclient import TestClient
 
 import horizonplan as hp
-from horizonplan.api import Settings, create_app
 from horizonplan.measured import plan_from_measurements, replan
 
 HORIZONS = [1, 4, 8, 12]
@@ -31,9 +30,8 @@ def as_json(value):
 
 
 @pytest.fixture
-def client(tmp_path):
-    settings = Settings(database_url=f"sqlite:///{tmp_path}/plans.sqlite3")
-    with TestClient(create_app(settings), base_url="http://localhost") as client:
+def client(app):
+    with TestClient(app, base_url="http://localhost") as client:
         yield client
 
 

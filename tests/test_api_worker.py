@@ -30,7 +30,7 @@ from api_jobs import (
 from sqlalchemy import event
 
 from horizonplan import Plan
-from horizonplan.api import architectures, queue, worker
+from horizonplan.api import architectures, child, queue, worker
 from horizonplan.api.architectures import JobRequest
 from horizonplan.api.worker import Worker
 
@@ -124,6 +124,17 @@ def test_a_job_that_takes_too_much_cpu_time_is_ended(tmp_path):
         job_id = submit(store, do="spin")
         work(store, settings)
         assert error_of(store, job_id)["kind"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("version", "open_to"), [(-1, "write wherever"), (0, "write wherever"), (3, "may open TCP"), (4, None), (6, None)]
+)
+def test_a_worker_says_what_its_kernel_does_not_forbid(tmp_path, monkeypatch, caplog, version, open_to):
+    monkeypatch.setattr(child, "landlock_version", lambda: version)
+    with opened(settings_for(tmp_path)) as store, working(store, settings_for(tmp_path)):
+        pass
+    told = [record.getMessage() for record in caplog.records if "Landlock" in record.getMessage()]
+    assert [open_to in text for text in told] == ([] if open_to is None else [True])
 
 
 @pytest.mark.skipif(not LINUX, reason="Landlock is Linux's")

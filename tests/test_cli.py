@@ -131,6 +131,13 @@ def test_json_knows_no_nan():
     assert "note: The short runs found no rate" in result.stderr
 
 
+def test_rates_can_be_raced_for():
+    words = ["--accuracy", "rollout", "--rollout-steps", "6", "--rollout-budget", "40", "--epsilon", "0.5", "--json"]
+    told = json.loads(planned(*words).stdout)
+    assert 0 < told["provenance"]["probing_steps"]["rollouts"] <= 40
+    assert "accuracy='guess'" in planned("--accuracy", "guess", code=1).stderr
+
+
 def test_same_seed_same_plan():
     first, again, other = (
         json.loads(planned("--json", "--seed", seed).stdout)["provenance"]["scale"] for seed in (3, 3, 4)
@@ -145,6 +152,8 @@ def test_same_seed_same_plan():
         (["--epsilon", "0.3"], {"kind": "accuracy", "epsilon": 0.3}),
         (["--lam", "2"], {"kind": "weighted", "lam": 2.0}),
         (["--memory-limit", "1MiB"], {"kind": "memory", "limit_bytes": 2**20}),
+        (["--time-to-loss", "50"], {"kind": "time", "steps": 50.0, "limit_bytes": None}),
+        (["--money-to-loss", "50", "--memory-limit", "1MiB"], {"kind": "money", "steps": 50.0, "limit_bytes": 2**20}),
     ],
 )
 def test_options_name_the_objective(words, objective):
@@ -158,6 +167,25 @@ def test_options_name_cost_horizons_candidates_and_strides():
     assert plan["provenance"]["measured_horizons"] == [1, 2, 3, 5]  # h = 2 is held out
     assert not any(row["reference"] for row in plan["rows"])
     assert {row["stride"] for row in plan["rows"] if row["horizon"] == 4} == {1, 2, 4}
+
+
+def test_cards_are_paid_for_whole(tmp_path):
+    words = [
+        "--card",
+        "h200",
+        "--price",
+        "3.5",
+        "--card",
+        "t4",
+        "--price",
+        "0.5",
+        "--plot-frontier",
+        tmp_path / "f.png",
+    ]
+    plan = Plan.from_dict(json.loads(planned("--json", *words).stdout))
+    assert [(card.name, card.price) for card in plan.cost.cards] == [("h200", 3.5), ("t4", 0.5)]
+    assert all(row.cost == 0.5 for row in plan.rows)
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_blocks_batch_size_and_optimizer_reach_the_planner():
@@ -317,6 +345,7 @@ def test_data_that_are_none(data, reason):
         (["--epsilon", "2"], "epsilon=2.0 is out of range"),
         (["--memory-limit", "lots"], "limit='lots' is not a size"),
         (["--memory-limit", "10B"], "no candidate is feasible"),
+        (["--card", "t4"], "no price is known"),
         (["--candidates", "none"], "candidates='none'"),
         (["--horizons", "0,9"], "give whole numbers between 1 and 5"),
         (["--strides", "0"], "stride=0"),
@@ -402,8 +431,10 @@ def test_wrong_usage(words):
 
 
 OPTIONS = {
-    "plan": "MODEL --data --epsilon --lam --memory-limit --unit-cost --node-memory --ladder --candidates --horizons "
-    "--strides --rollout-steps --batches --batch-size --blocks --optimizer --lr --device --seed --out --plot --json",
+    "plan": "MODEL --data --epsilon --lam --memory-limit --time-to-loss --money-to-loss --card --price --unit-cost "
+    "--node-memory --ladder --candidates --horizons "
+    "--strides --rollout-steps --batches --batch-size --blocks --optimizer --lr --device --seed --out --plot "
+    "--plot-frontier --json",
     "train": "MODEL --data --plan --horizon --stride --recompute --epochs --optimizer --lr --run-dir --device --seed "
     "--batch-size --blocks --json --debug --warmup --save-every --resume --scheduler --precision --accumulate "
     "--loss --scheduler-every --oom-retries --max-grad-norm --fused --compile --patience --nonfinite --watch-every "

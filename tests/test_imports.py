@@ -13,16 +13,17 @@ LINKS = ("api", "probes")
 # From the bottom of the library to its surface. A name may import from the lines above its own, and from what stands
 # left of it in its own line. All files of a package (algorithms, probes, ...) stand where the package does.
 LINES = [
-    "units batch projection progress models",
+    "units batch projection progress precision models rates",
     "schedule",
     "chain",
     "gradient",
     "algorithms",
     "probes",
-    "predict frugal probing curves devices",
-    "cost rows objective",
-    "candidates frontier horizons",
-    "explain choice plot settle decide plan provenance forecast planner measured verify fits",
+    "predict frugal rows curves candidates alternatives probing devices",
+    "cards cost objective racing",
+    "frontier savings horizons",
+    "explain choice plot plot_frontier settle decide weigh contest plan provenance forecast planner measured verify",
+    "fits micro_batch",
     "training tuner",
     "datasets integrations",
     "api client reproduce cli",

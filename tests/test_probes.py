@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from horizonplan import plan_horizon, probes
 from horizonplan.chain import Chain
 from horizonplan.gradient import engine, horizon_backward
-from horizonplan.probes.rate import relative_rate
+from horizonplan.rates import relative_rate
 from horizonplan.schedule import Schedule
 
 
@@ -339,12 +339,12 @@ def test_a_rollout_without_a_rate_says_why():
     assert up.stderr is None
     assert up.detail["why"] == "back-propagation did not lower the loss in 4 steps"
 
-    def diverges(chain, batch, schedule, optimizer, *more, real=probes.rate.step):
+    def diverges(chain, batch, schedule, optimizer, *more, real=probes.runs.step):
         loss = real(chain, batch, schedule, optimizer, *more)
         return loss if schedule == Schedule.exact(4) else loss * math.nan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes.rate, "step", diverges)
+        patch.setattr(probes.runs, "step", diverges)
         lost = probes.rollout(chain, batches, [(1, 1)], 12, lambda p: torch.optim.SGD(p, lr=0.1))[0]
     assert math.isnan(lost.value)
     assert lost.detail["why"] == "the run diverged"

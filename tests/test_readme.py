@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("tutorial", "training", "integrations")
+GUIDES = ("tutorial", "training", "tuning", "integrations")
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w-]*) *$")
 COMMAND = re.compile(r"^ *\$ (?P<command>horizonplan\b.*)$")

@@ -11,7 +11,7 @@ from test_probes import Interrupted, interrupt, unchanged
 
 import horizonplan as hp
 from horizonplan.probes import Sample
-from horizonplan.verify import Check, Report, _at_least
+from horizonplan.verify import Check, Report, _at_least, _in_time
 
 DEPTH = 4
 
@@ -60,10 +60,66 @@ def test_a_plan_holds_on_what_it_was_made_from(plan):
 )
 def test_what_a_plan_promised_in_vain_is_not_ok(plan, quantity, row):
     model, data = task()
-    boastful = dataclasses.replace(plan, row=dataclasses.replace(plan.row, **row))
-    report = hp.verify(boastful, model, data, steps=8, optimizer=fast)
+    report = hp.verify(boastful(plan, **row), model, data, steps=8, optimizer=fast)
     assert getattr(report, quantity).ok is False
     assert not report.ok
+
+
+def test_a_plan_that_holds_is_given_back_as_it_is(plan):
+    model, data = task()
+    patient = dataclasses.replace(plan, row=dataclasses.replace(plan.row, step_seconds=60.0))
+    assert hp.verify(patient, model, data, steps=8, optimizer=fast).plan is patient
+
+
+def boastful(plan, **row):
+    """The plan with a promise in its table."""
+    place = plan.rows.index(plan.row)
+    told = dataclasses.replace(plan.row, **row)
+    return dataclasses.replace(plan, row=told, rows=(*plan.rows[:place], told, *plan.rows[place + 1 :]))
+
+
+def test_a_plan_that_misses_is_chosen_again_with_what_was_measured(plan):
+    model, data = task()
+    wanted = hp.AccuracyConstraint(0.01)
+    vain = dataclasses.replace(boastful(plan, rate=3.0), objective=wanted)
+    report = hp.verify(vain, model, data, steps=8, optimizer=fast)
+    assert "rate" in report.missed
+    again = report.plan
+    old = next(row for row in again.rows if (row.horizon, row.stride) == (plan.horizon, plan.stride))
+    assert (old.rate, old.rate_source, old.feasible) == (report.rate.measured, "measured", False)
+    assert (old.step_seconds, old.step_seconds_source) == (report.time.measured, "measured")
+    assert again.row == hp.select([row for row in again.rows if row.rate is not None], wanted, plan.cost)
+    assert again.horizon != plan.horizon
+    assert again.schedule.depth == DEPTH
+    assert "missed its" in again.explain()
+    assert "was not verified" in again.notes[-1]
+    assert hp.Plan.from_dict(again.to_dict()).row == again.row
+
+
+def test_a_miss_that_changes_nothing_is_told(plan):
+    model, data = task()
+    again = hp.verify(boastful(plan, memory_bytes=1000), model, data, steps=8, optimizer=fast).plan
+    assert (again.horizon, again.stride) == (plan.horizon, plan.stride)
+    assert again.row.memory_bytes == plan.row.memory_bytes
+    assert "still the choice" in again.notes[-1]
+
+
+def test_what_nothing_meets_stays_and_says_so(plan):
+    model, data = task()
+    strict = dataclasses.replace(boastful(plan, memory_bytes=1000), objective=hp.MemoryLimit(1500))
+    again = hp.verify(strict, model, data, steps=4, optimizer=fast).plan
+    assert (again.horizon, again.row.feasible) == (plan.horizon, False)
+
+
+def test_time_is_compared_with_back_propagation_s_in_the_same_run(plan):
+    slow = dataclasses.replace(
+        plan,
+        row=dataclasses.replace(plan.row, step_seconds=2.0),
+        rows=[dataclasses.replace(row, step_seconds=1.0) for row in plan.rows],
+    )
+    assert [_in_time(slow, seconds, 0.01).ok for seconds in (0.02, 0.0249, 0.0251, 2.0)] == [True, True, False, False]
+    clockless = dataclasses.replace(slow, rows=[dataclasses.replace(row, step_seconds=None) for row in slow.rows])
+    assert [_in_time(clockless, seconds, 0.01).ok for seconds in (2.4, 2.6)] == [True, False]
 
 
 def test_what_is_not_known_is_not_judged(plan):

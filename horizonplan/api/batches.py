@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 _STAGES = 2  # one batch is made, another one is stored
 
 
-class QueueFull(Exception):
+class TooManyWaiting(Exception):
     """Too many wait already."""
 
 
@@ -48,11 +48,11 @@ class Batches(Generic[Item, Result]):
         """Wait until an item's result is stored.
 
         Raises:
-            QueueFull: ``most_waiting`` items wait already.
+            TooManyWaiting: ``most_waiting`` items wait already.
             Exception: the item's error.
         """
         if len(self._waiting) >= self._most_waiting:
-            raise QueueFull
+            raise TooManyWaiting
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))
         if len(self._tasks) < _STAGES:

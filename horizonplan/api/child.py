@@ -28,7 +28,7 @@ _NO_NEW_PRIVILEGES = 38  # of prctl
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # Landlock's system calls, on every kind of machine
 _WRITES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # of the first version: write, remove, make
 _LATER_WRITES = ((2, 1 << 13), (3, 1 << 14))  # version that brought it: link or rename elsewhere; truncate
-_TCP, _TCP_VERSION = 0b11, 4  # bind and connect
+_TCP, TCP_VERSION = 0b11, 4  # bind and connect
 _LIBRARY_BYTES = 16 * 1024**3  # of address space, for files that are mapped
 
 
@@ -85,11 +85,11 @@ def confine(folder: str) -> bool:
     system = ctypes.CDLL(None, use_errno=True)
     if not sys.platform.startswith("linux") or system.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return False
-    version = system.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    version = landlock_version()
     if version < 1:
         return False
     writes = _WRITES + sum(right for since, right in _LATER_WRITES if version >= since)
-    handled = struct.pack("=QQ", writes, _TCP)[: 16 if version >= _TCP_VERSION else 8]
+    handled = struct.pack("=QQ", writes, _TCP)[: 16 if version >= TCP_VERSION else 8]
     rules = system.syscall(_CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), 0)
     if rules < 0:
         return False
@@ -100,6 +100,13 @@ def confine(folder: str) -> bool:
     refused = system.syscall(_RESTRICT_SELF, rules, 0)
     os.close(rules)
     return not refused
+
+
+def landlock_version() -> int:
+    """Which Landlock the system has; below 1: none, below ``TCP_VERSION``: one that knows nothing of TCP."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    return int(ctypes.CDLL(None, use_errno=True).syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def _end_with(lifeline: int, folder: str) -> None:

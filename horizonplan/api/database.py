@@ -1,8 +1,7 @@
 """The database: tables, connections and migrations. SQLite by default, PostgreSQL by URL.
 
 A SQLite file is kept in WAL mode, so readers never wait for a writer. Writers take turns: within a process by a lock,
-between processes by ``BEGIN IMMEDIATE`` and ``busy_timeout``. Every time is in seconds since
-1970 (UTC).
+between processes by ``BEGIN IMMEDIATE`` and ``busy_timeout``. Every time is in seconds since 1970 (UTC).
 """
 
 import sqlite3

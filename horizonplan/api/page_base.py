@@ -15,9 +15,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from horizonplan.api import page_view
+from horizonplan.api.page_forms import Fields
 from horizonplan.api.problems import Problem, of_database
 
-Fields = dict[str, list[str]]
 MOST_FIELDS = 1000
 
 

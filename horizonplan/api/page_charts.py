@@ -111,7 +111,7 @@ def _over_h(
     fitted: list[float | None] | None = None,
 ) -> Chart:
     lines = [_line("s = 1", "ink", False, _values(_stride_one(rows), quantity, depth))]
-    disjoint = [row for row in rows if row.stride == row.horizon > 1 and not row.recompute]
+    disjoint = [row for row in rows if row.stride == row.horizon > 1 and row.plain]
     if any(quantity.value(row) is not None for row in disjoint):
         lines.append(_line("s = h", "faint", False, _values(disjoint, quantity, depth)))
     if fitted is not None:
@@ -182,7 +182,7 @@ def _values(rows: Iterable[Row], quantity: Quantity, depth: int) -> list[float |
 
 
 def _stride_one(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.stride == 1 and not row.recompute]
+    return [row for row in rows if row.stride == 1 and row.plain]
 
 
 def _decimals(spread: float) -> int:

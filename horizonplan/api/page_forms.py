@@ -60,6 +60,11 @@ class Form:
     errors: dict[str, str] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
+    @property
+    def filled(self) -> list[int]:
+        """The rows of the table in which something stands."""
+        return [i for i, row in enumerate(self.rows) if any(text.strip() for text in row)]
+
 
 @dataclass(frozen=True)
 class Size:
@@ -104,7 +109,7 @@ def measurements_asked(form: Form) -> PlanRequest | None:
     """The request that a form of measurements makes; else the form says what is wrong."""
     if form.texts["json"].strip():
         return _from_json(form)
-    filled = [i for i, row in enumerate(form.rows) if any(text.strip() for text in row)]
+    filled = form.filled
     table = [[row[i] for row in (form.rows[j] for j in filled)] for i in range(3)]
     asked = {
         "depth": number(form.texts["depth"]),
@@ -126,7 +131,7 @@ def place_measurement(form: Form, name: str, message: str) -> None:
     if form.texts["json"].strip():
         form.errors["json"] = message
         return
-    filled = [i for i, row in enumerate(form.rows) if any(text.strip() for text in row)]
+    filled = form.filled
     column, _, rest = name.partition("[")
     path: list[str | int] = [column, int(rest[:-1])] if rest else [column]
     form.errors[_measurement_name(path, filled)] = message

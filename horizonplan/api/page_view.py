@@ -81,7 +81,7 @@ def headline(row: Row, depth: int) -> str:
 
 def facts(row: Row, rows: Sequence[Row], depth: int) -> list[Number]:
     """The numbers of a row that count, beside back-propagation's."""
-    exact = next(other for other in rows if other.horizon == depth and not other.recompute)
+    exact = find(rows, depth, 1)
     shown = [
         _fact("memory", row, depth, 1, _against(row.memory_bytes, exact.memory_bytes)),
         _fact("rate", row, depth, 3, "1 is back-propagation's"),
@@ -102,7 +102,7 @@ def lines(rows: Iterable[Row], chosen: Row | None, depth: int) -> list[Line]:
             numbers=[_number(text) for text in cells(row, depth)[1:]],
             chosen=row == chosen,
             reference=row.reference,
-            exact=row.horizon == depth,
+            exact=row.exact,
             feasible=row.feasible,
         )
         for row in rows
@@ -127,8 +127,8 @@ def sentences(plan: Plan) -> tuple[list[str], list[str]]:
 
 
 def exact_lines(answer: Answer, depth: int) -> list[Line]:
-    """The ways to the exact gradient: back-propagation, and with recomputation."""
-    return lines([row for row in answer.rows if row.horizon == depth], answer.row, depth)
+    """The ways to the exact gradient: back-propagation, with recomputation, in micro-batches."""
+    return lines([row for row in answer.rows if row.exact], answer.row, depth)
 
 
 def exact_size(plan: Plan) -> str:
@@ -152,9 +152,7 @@ def differences(first: Plan, second: Plan) -> list[Difference]:
 
 def curves(first: Plan, second: Plan) -> list[tuple[int, list[str]]]:
     """What two plans need and gain at stride 1, h by h: memory of both, rate of both."""
-    tables = [
-        {row.horizon: row for row in plan.rows if row.stride == 1 and not row.recompute} for plan in (first, second)
-    ]
+    tables = [{row.horizon: row for row in plan.rows if row.stride == 1 and row.plain} for plan in (first, second)]
     found = []
     for h in range(1, max(first.depth, second.depth) + 1):
         rows = [table.get(h) for table in tables]

@@ -11,10 +11,10 @@ from sqlalchemy import Connection, insert, select
 
 from horizonplan import measured
 from horizonplan.api import database
-from horizonplan.api.batches import QueueFull
+from horizonplan.api.batches import TooManyWaiting
 from horizonplan.api.database import Database
 from horizonplan.api.paging import cursor_of, cursor_query, iso, number_of
-from horizonplan.api.problems import Problem, busy, responses
+from horizonplan.api.problems import RETRY_SECONDS, Problem, responses
 from horizonplan.api.schemas import (
     Card,
     PlanList,
@@ -101,21 +101,11 @@ async def replan(plan_id: str, asked: ReplanRequest, request: Request) -> Respon
     return await _made(request, make, "replan")
 
 
-def store(connection: Connection, plan: Plan, parent: str | None = None, card: str | None = None) -> tuple[str, str]:
-    """Write a plan within a transaction.
-
-    Args:
-        connection: of ``Database.write``.
-        plan: what to store.
-        parent: id of the plan it was replanned from.
-        card: name of the card that was chosen for it.
-
-    Returns:
-        Its id, and its JSON with the id.
-    """
-    record = _record(plan, card, parent)
+def store(connection: Connection, plan: Plan) -> str:
+    """Write a plan within a transaction of ``Database.write``; its id."""
+    record = _record(plan)
     connection.execute(insert(database.plans), record)
-    return record["id"], record["data"]
+    return str(record["id"])
 
 
 def make_all(makes: list[Make]) -> list[dict[str, Any] | Exception]:
@@ -129,7 +119,7 @@ def store_all(store: Database, records: list[dict[str, Any]]) -> None:
         connection.execute(insert(database.plans), records)
 
 
-def _record(plan: Plan, card: str | None, parent: str | None = None) -> dict[str, Any]:
+def _record(plan: Plan, card: str | None = None, parent: str | None = None) -> dict[str, Any]:
     """What the table holds of a plan."""
     plan_id, created = uuid.uuid4().hex, database.now()
     extra = {"id": plan_id, "created": iso(created), "parent": parent, "card": card}
@@ -158,8 +148,9 @@ async def _made(request: Request, make: Make, how: str) -> Response:
     state = request.app.state
     try:
         record = await state.new_plans.add(make)
-    except QueueFull:
-        raise busy() from None
+    except TooManyWaiting:
+        detail = f"More plans are asked for than can be made, and nothing was stored; come again in {RETRY_SECONDS} s."
+        raise Problem(503, detail, "busy", headers={"Retry-After": str(RETRY_SECONDS)}) from None
     state.metrics.plans.labels(how).inc()
     return Response(record["data"], 201, {"Location": f"/v1/plans/{record['id']}"}, "application/json")
 

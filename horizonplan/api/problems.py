@@ -37,7 +37,7 @@ ABOUT = {
     422: "The values cannot be used; `errors` names the fields.",
     429: "Too much was asked for; come again later.",
     500: "The service has a fault.",
-    503: "The database is busy or away; come again later.",
+    503: "The service is busy, or its database away; come again later.",
     507: "The disk is full.",
 }
 
@@ -172,6 +172,8 @@ def _without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, Problem):
+        if error.status_code == 404:
+            error.detail = "There is nothing at this address; /openapi.json tells what there is."
         headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
         error = Problem(error.status_code, str(error.detail), headers=headers)
     return problem_response(request, error)
@@ -181,7 +183,8 @@ def _allowed(request: Request) -> list[str]:
     """The methods of an address; each has a route of its own, which knows only its own."""
     routes, methods = request.app.router.routes, ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
     asked = [(method, {**request.scope, "method": method}) for method in methods]
-    return [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    found = [method for method, scope in asked if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    return found or ["GET", "HEAD"]  # of files, which are mounted and no routes
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -159,7 +159,7 @@ def succeed(connection: Connection, mine: Claim, plan: Plan, now: float) -> bool
     if row.cancel_requested:
         _finish(connection, mine.job_id, "cancelled", now)
     else:
-        plan_id, _ = plans.store(connection, plan)
+        plan_id = plans.store(connection, plan)
         _finish(connection, mine.job_id, "succeeded", now, {"plan_id": plan_id}, plan_id=plan_id)
     return True
 

@@ -160,6 +160,14 @@ class Sandbox:
                 raise ValueError(f"the job's process wrote more than {format_bytes(MOST_ANSWER_BYTES)}")
 
 
+def openings() -> str | None:
+    """What jobs may do here that Landlock would forbid them; ``None``: nothing."""
+    version = child.landlock_version()
+    if version >= child.TCP_VERSION:
+        return None
+    return "open TCP connections" if version >= 1 else "write wherever their user may, and open TCP connections"
+
+
 def _environment(folder: str, threads: int) -> dict[str, str]:
     """Little of the worker's, so none of its secrets; and nothing that reaches for the network or for cards."""
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}

@@ -115,12 +115,12 @@ class JsonRoute(APIRoute):
 
 def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which each name is given once."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for i, name in enumerate(names) if name in names[:i])
-        message = "the name is given twice in one object"
-        raise Problem(422, f"{name[:LONGEST_NAME]}: {message}", "invalid", [(name[:LONGEST_NAME], message)])
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            message = "the name is given twice in one object"
+            raise Problem(422, f"{name[:LONGEST_NAME]}: {message}", "invalid", [(name[:LONGEST_NAME], message)])
+        made[name] = value
     return made
 
 

@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from horizonplan.api import queue
 from horizonplan.api.database import Database, is_full, now
 from horizonplan.api.queue import Claim, Failure
-from horizonplan.api.sandbox import PROGRAM, Sandbox
+from horizonplan.api.sandbox import PROGRAM, Sandbox, openings
 from horizonplan.api.settings import Settings
 from horizonplan.plan import Plan
 from horizonplan.units import format_seconds
@@ -57,6 +57,8 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Work until told to stop."""
+        if (open_to := openings()) is not None:
+            logger.warning("worker %s: this kernel has no Landlock for it, so jobs may %s", self.name, open_to)
         while not stop.is_set():
             try:
                 self._beat()

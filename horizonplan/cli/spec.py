@@ -154,6 +154,33 @@ def load_optimizer(spec: str, lr: float | None) -> Callable[[Any], Optimizer]:
     return make
 
 
+def load_maker(spec: str, batches: Iterable[Any], seed: int) -> nn.Module | Callable[..., nn.Module]:
+    """The user's function that makes a model, perhaps from arguments; or one of our models.
+
+    Raises:
+        ValueError: the specification leads to neither.
+    """
+    return load_model(spec, batches, None, seed) if spec in MODELS else _function("model", spec, MODELS)
+
+
+def load_tunable(spec: str) -> Callable[..., Optimizer]:
+    """The function from parameters and a learning rate to an optimiser.
+
+    Raises:
+        ValueError: the specification leads to none.
+    """
+    return OPTIMIZERS[spec][0] if spec in OPTIMIZERS else _function("optimizer", spec, OPTIMIZERS)
+
+
+def load_space(spec: str | None) -> Callable[[Any], Any] | None:
+    """The user's function from a trial to arguments.
+
+    Raises:
+        ValueError: the specification leads to none.
+    """
+    return None if spec is None else _function("space", spec, ())
+
+
 def load_loss(spec: str | None) -> Callable[..., Any] | None:
     """The user's function from output and target to a scalar loss.
 

@@ -32,6 +32,8 @@ FUSED = "Update each parameter as soon as its gradient is complete, and free the
 WATCH = "Steps between measurements of a step's peak memory on a CPU; 0: the first two steps only."
 COSINE = "Steps between measurements of the gradient's cosine; 0: none."
 
+PRECISION = "Autocast around forwards. Default: the plan's, or fp32."
+
 
 def train(
     model: opt.Model,
@@ -52,7 +54,7 @@ def train(
     loss: opt.Loss = None,
     scheduler: Annotated[str | None, Option(help=SCHEDULER)] = None,
     scheduler_every: Annotated[Literal["epoch", "step"], Option(help="How often it is stepped.")] = "epoch",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], Option(help="Autocast around forwards.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Option(help=PRECISION)] = None,
     accumulate: Annotated[int, Option(min=1, help=ACCUMULATE)] = 1,
     max_grad_norm: Annotated[float | None, Option(help="Clip the gradient's norm to this.")] = None,
     fused: Annotated[bool, Option("--fused", help=FUSED)] = False,

@@ -90,7 +90,7 @@ class Cosines:
         if micro_batches > 1:
             check_pieces(chain, move(batches[0], chain.device), micro_batches)
         own = sum(p.nbytes for group in self.groups for p in group)
-        self.keeps = own * len(batches) <= HOST_SHARE * _host_bytes()
+        self.keeps = own * len(batches) <= HOST_SHARE * host_bytes()
         self.kept: dict[int, Exact] = {}
 
     def measure(self, pairs: Sequence[tuple[int, int]]) -> list[Sample]:
@@ -132,7 +132,8 @@ class Cosines:
         return loss
 
 
-def _host_bytes() -> float:
+def host_bytes() -> float:
+    """Bytes of memory that the machine has; 0 where it does not tell."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # no such question on this system

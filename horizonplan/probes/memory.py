@@ -79,6 +79,7 @@ def memory(
     recompute: int = 0,
     in_children: bool | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    micro_batches: int = 1,
 ) -> list[Sample]:
     """Measure M(h) on the largest of the batches (Eq. 11's left side, for any stride).
 
@@ -102,13 +103,14 @@ def memory(
         in_children: measure each in a fresh process; ``None``: on CUDA. What cannot be handed to
             another process is measured in this one, and ``detail["in_process"]`` says why.
         timeout_seconds: limit for one such process.
+        micro_batches: parts of the batch whose gradients are accumulated.
 
     Returns:
         One sample in bytes for each horizon and stride, by horizon. The model is left bit for bit as it was.
     """
     batch, pairs = largest(batches), sorted(pairs_of(chain.depth, horizons, strides))
     if in_children or (in_children is None and chain.device.type == "cuda"):
-        return _until_full(pairs, _in_children(chain, batch, optimizer, recompute, timeout_seconds))
+        return _until_full(pairs, _in_children(chain, batch, optimizer, recompute, timeout_seconds, micro_batches))
     gc.collect()
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
@@ -117,7 +119,7 @@ def memory(
         def measure(pair: tuple[int, int]) -> Sample:
             nonlocal warm
             schedule = Schedule.horizon(chain.depth, *pair, recompute)
-            found, message = attempt(lambda: _peak(chain, batch, schedule, made, warm), chain.device)
+            found, message = attempt(lambda: _peak(chain, batch, schedule, made, warm, micro_batches), chain.device)
             warm = None
             made.zero_grad(set_to_none=True)
             if found is None:
@@ -166,32 +168,37 @@ def _lost(pair: tuple[int, int], message: str, source: str = OUT_OF_MEMORY) -> S
 
 
 def _peak(
-    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, warm: Schedule | None
+    chain: Chain,
+    batch: Any,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    warm: Schedule | None,
+    micro_batches: int,
 ) -> tuple[int, dict[str, Any]]:
     if chain.device.type == "cuda":
-        return _peak_on_cuda(chain, batch, schedule, optimizer)
+        return _peak_on_cuda(chain, batch, schedule, optimizer, micro_batches)
     if warm is not None:
-        step(chain, batch, warm, optimizer)
+        step(chain, batch, warm, optimizer, micro_batches)
         optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     with LiveBytes() as tracker:
-        step(chain, batch, schedule, optimizer)
+        step(chain, batch, schedule, optimizer, micro_batches)
     return base + tracker.peak, {"how": "live storages", "base_bytes": base}
 
 
 def _peak_on_cuda(
-    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
+    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, micro_batches: int
 ) -> tuple[int, dict[str, Any]]:
     device = chain.device
     for _ in range(WARM_STEPS):
-        step(chain, batch, schedule, optimizer)
+        step(chain, batch, schedule, optimizer, micro_batches)
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before, retries = torch.cuda.memory_allocated(device), torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
     for _ in range(COUNTED_STEPS):
-        step(chain, batch, schedule, optimizer)
+        step(chain, batch, schedule, optimizer, micro_batches)
     torch.cuda.synchronize(device)
     seen = read(device)
     unknown = replace(seen, used_bytes=None, peak_bytes=None)  # no reading of this process is older than its context
@@ -214,13 +221,14 @@ def _peak_on_cuda(
 
 
 def _in_children(
-    chain: Chain, batch: Any, optimizer: Optimize | None, recompute: int, timeout_seconds: float
+    chain: Chain, batch: Any, optimizer: Optimize | None, recompute: int, timeout_seconds: float, micro_batches: int
 ) -> Callable[[tuple[int, int]], Sample]:
     """A function that measures a (horizon, stride) in a fresh process, the device left free for it."""
     device, cannot_travel, bare = chain.device, "", _stateless(optimizer)
 
     def in_process(pair: tuple[int, int]) -> Sample:
-        (sample,) = memory(chain, [batch], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
+        how: dict[str, Any] = {"in_children": False, "micro_batches": micro_batches}
+        (sample,) = memory(chain, [batch], [pair[0]], [pair[1]], optimizer, recompute, **how)
         return replace(sample, detail={**sample.detail, "in_process": cannot_travel})
 
     def measure(pair: tuple[int, int]) -> Sample:
@@ -231,7 +239,16 @@ def _in_children(
             with _parked(chain.model, device):
                 baseline = read(device)
                 data = move(batch, torch.device("cpu"))
-                given = (chain.model, chain.recipe, data, str(device), pair, bare, recompute, Ambient())
+                given = (
+                    chain.model,
+                    chain.recipe,
+                    data,
+                    str(device),
+                    pair,
+                    bare,
+                    (recompute, micro_batches),
+                    Ambient(),
+                )
                 sample = isolated(_as_child, *given, _fraction(device), timeout_seconds=timeout_seconds).value
         except CannotTravel as error:
             cannot_travel = " ".join(str(error).split())
@@ -256,7 +273,7 @@ def _as_child(
     device: str,
     pair: tuple[int, int],
     optimizer: Optimize | None,
-    recompute: int,
+    thrift: tuple[int, int],
     ambient: Ambient,
     fraction: float | None,
 ) -> Sample:
@@ -268,7 +285,8 @@ def _as_child(
     here = move(batch, place)
     with ambient.restored():
         chain = recipe(model, here)
-        (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, recompute, in_children=False)
+        how: dict[str, Any] = {"recompute": thrift[0], "in_children": False, "micro_batches": thrift[1]}
+        (sample,) = memory(chain, [here], [pair[0]], [pair[1]], optimizer, **how)
     return sample
 
 

@@ -15,17 +15,19 @@ from horizonplan.gradient import horizon_backward
 from horizonplan.schedule import Schedule
 
 
-def gradient(chain: Chain, batch: Any, schedule: Schedule, micro_batches: int = 1) -> Tensor:
-    """Accumulate a schedule's gradient on a batch into ``p.grad``; returns the terminal loss, detached.
+def gradient(
+    chain: Chain, batch: Any, schedule: Schedule, micro_batches: int = 1, scale: float | Tensor = 1.0
+) -> Tensor:
+    """Accumulate ``scale`` times a schedule's gradient on a batch into ``p.grad``; returns the terminal loss, detached.
 
     With micro-batches the losses are weighted by their samples: the loss must be a mean over samples
     (:func:`check_pieces`).
     """
     if micro_batches == 1:
-        return horizon_backward(chain, batch, schedule)
+        return horizon_backward(chain, batch, schedule, scale=scale)
     total = torch.zeros((), device=chain.device)
-    for piece, share in _pieces(batch, micro_batches):
-        total = total + share * horizon_backward(chain, piece, schedule, scale=share)
+    for piece, share in pieces(batch, micro_batches):
+        total = total + share * horizon_backward(chain, piece, schedule, scale=scale * share)
     return total
 
 
@@ -44,7 +46,7 @@ def check_pieces(chain: Chain, batch: Any, micro_batches: int) -> None:
             )
     with quiet(chain.model), training_mode(chain.model, False), torch.no_grad():
         whole = chain.loss(batch).item()
-        parts = sum(share * chain.loss(piece).item() for piece, share in _pieces(batch, micro_batches))
+        parts = sum(share * chain.loss(piece).item() for piece, share in pieces(batch, micro_batches))
     if not math.isclose(whole, parts, rel_tol=1e-3, abs_tol=1e-6):
         raise ValueError(
             f"loss: {whole:.6g} on a batch, but {parts:.6g} as the mean over its {micro_batches} micro-batches; let it "
@@ -52,8 +54,18 @@ def check_pieces(chain: Chain, batch: Any, micro_batches: int) -> None:
         )
 
 
-def _pieces(batch: Any, micro_batches: int) -> list[tuple[Any, float]]:
-    """Micro-batches, each with its share of the samples."""
-    pieces = split(batch, micro_batches)
-    sizes = [batch_size(piece) or 0 for piece in pieces]
-    return [(piece, size / sum(sizes)) for piece, size in zip(pieces, sizes, strict=True)]
+def pieces(batch: Any, micro_batches: int) -> list[tuple[Any, float]]:
+    """Micro-batches, each with its share of the samples.
+
+    Raises:
+        ValueError: there are fewer samples than that, or the batch has no number of them.
+    """
+    parts = split(batch, micro_batches)
+    sizes = [batch_size(part) or 0 for part in parts]
+    return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def at_most(batch: Any, micro_batches: int) -> int:
+    """So many micro-batches, or fewer for a batch of fewer samples, such as an epoch's last one."""
+    samples = batch_size(batch)
+    return micro_batches if samples is None else min(micro_batches, samples)

@@ -9,9 +9,8 @@ may ask for. At most one block's graph is alive, so models that do not fit can b
 from __future__ import annotations
 
 import gc
-import statistics
-import time
-from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +20,12 @@ from torch import nn
 from horizonplan.chain import Chain
 from horizonplan.gradient import HEAD, STEM, Step, execute
 from horizonplan.probes.drill import Driller, Key, clear, full_drill, key_of, last_pulls, plain_drill
+from horizonplan.probes.seconds import Timer, in_turn, kinds_of, plainly, update_seconds
 from horizonplan.probes.steady import Optimize, optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import Flops, LiveBytes
 from horizonplan.schedule import Drop, Loss, Op, Pull, Run, Schedule
+
+FEWEST = 3  # timed steps of the optimiser for each timed drill
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def profile(
         batch: a batch on that device; bytes and seconds are for its size.
         optimizer: ``callable(params) -> Optimizer``, an Optimizer, or ``None`` for AdamW. Its state and
             its step's temporaries count as part of a training step.
-        repeats: timed drills, of which the medians are taken, over blocks of one kind together; 0 leaves the
+        repeats: timed drills, of which the means are taken, over blocks of one kind together; 0 leaves the
             seconds empty.
         summed: whether schedules are to be predicted in which several windows train one block, so that its
             gradient is a sum. Horizons have none; without them profiling costs less.
@@ -98,61 +100,42 @@ def profile(
             execute(chain, batch, Schedule.horizon(chain.depth, 1).ops(chain.stem_trains, chain.trainable))
             result = _measure_bytes(chain, batch, summed or bool(chain.layout.shared))
         spent = counter.total
-        times: dict[Key, list[float]] = defaultdict(list)
-        for _ in range(repeats):
-            for ops in (full_drill(chain, [True], [True]), plain_drill(chain)):
-                execute(chain, batch, ops, observer=_Clock(chain, times), gather=False)
-                clear(chain)
-                spent += _flops(ops, result.costs)
-    medians = _medians(times, result.costs)
+        timer = Timer(chain, batch, kinds_of(result.costs))
+        in_turn([timer], repeats)
+        spent += repeats * sum(_flops(ops, result.costs) for ops in timer.drills())
     with restored(chain, weights=True):
-        return replace(result, seconds=medians, spent_flops=spent, **_update(chain, batch, optimizer, repeats))
+        return replace(result, seconds=timer.means(), spent_flops=spent, **_update(chain, batch, optimizer, repeats))
 
 
-def _plainly(costs: dict[Key, OpCost]) -> dict[Key, OpCost]:
-    """Costs of operations, whatever they depend on besides the operation itself."""
-    return {key[:5] if key[0] == "pull" else key[:3]: cost for key, cost in costs.items()}
+def retimed(
+    chain: Chain,
+    subjects: Sequence[tuple[Any, Profile, Callable[[], AbstractContextManager[object]]]],
+    optimizer: Optimize | None = None,
+    rounds: int = 3,
+) -> list[Profile]:
+    """Profiles with their seconds measured anew, all in turn, so that they can be compared with each other.
+
+    Args:
+        chain: the model.
+        subjects: each a batch, its profile, and what to run it under.
+        optimizer: as for :func:`profile`.
+        rounds: how often each is timed.
+    """
+    with restored(chain):
+        timers = [Timer(chain, batch, kinds_of(found.costs), context) for batch, found, context in subjects]
+        in_turn(timers, rounds)
+    with restored(chain, weights=True):
+        update = update_seconds(chain, _stepped(chain, optimizer), rounds)
+    return [
+        replace(found, seconds=timer.means(), update_seconds=update)
+        for (_, found, _), timer in zip(subjects, timers, strict=True)
+    ]
 
 
 def _flops(ops: list[Op], costs: dict[Key, OpCost]) -> int:
-    known = _plainly(costs)
+    known = plainly(costs)
     counted = (key_of(op)[:5] for op in ops if not isinstance(op, Drop))
     return sum(known[key].flops for key in counted if key in known)
-
-
-def _medians(times: dict[Key, list[float]], costs: dict[Key, OpCost]) -> dict[Key, float]:
-    """Seconds of each operation: blocks of one kind, with the same bytes and FLOPs, are timed together."""
-    known = {key[:4]: cost for key, cost in _plainly(costs).items()}
-    alike = {key: (key[0], *key[2:], known[key].flops, known[key].peak_bytes) if key in known else key for key in times}
-    together: dict[Key, list[float]] = defaultdict(list)
-    for key, values in times.items():
-        together[alike[key]] += values
-    return {key: statistics.median(together[alike[key]]) for key in times}
-
-
-class _Clock(Driller):
-    """Seconds of each operation."""
-
-    def __init__(self, chain: Chain, times: dict[Key, list[float]]) -> None:
-        super().__init__(chain)
-        self.times = times
-        self.start = 0.0
-
-    def begin(self, op: Op, step: Step) -> None:
-        super().begin(op, step)
-        self.start = self._now()
-
-    def end(self, op: Op, step: Step) -> None:
-        elapsed = self._now() - self.start
-        if not isinstance(op, Drop):
-            key = key_of(op)
-            self.times[key[:4] if isinstance(op, Pull) else key].append(elapsed)
-        super().end(op, step)
-
-    def _now(self) -> float:
-        if self.chain.device.type == "cuda":
-            torch.cuda.synchronize(self.chain.device)
-        return time.perf_counter()
 
 
 @dataclass
@@ -322,27 +305,23 @@ def _measure_bytes(chain: Chain, batch: Any, summed: bool) -> Profile:
     )
 
 
-def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) -> dict[str, Any]:
-    """What the optimiser's step costs, with all gradients there and its state already made."""
+def _stepped(chain: Chain, optimizer: Optimize | None) -> torch.optim.Optimizer:
+    """The optimiser with all gradients there and its state made."""
     parameters = trainable(chain)
     made = optimizer_for(parameters, optimizer)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     made.step()
+    return made
+
+
+def _update(chain: Chain, batch: Any, optimizer: Optimize | None, repeats: int) -> dict[str, Any]:
+    """What the optimiser's step costs."""
+    made = _stepped(chain, optimizer)
     with LiveBytes() as tracker:
         made.step()
-    base = standing_bytes(chain, made, batch)
-    if chain.device.type == "cuda":
-        torch.cuda.synchronize(chain.device)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        made.step()
-        if chain.device.type == "cuda":
-            torch.cuda.synchronize(chain.device)
-        times.append(time.perf_counter() - start)
     return {
-        "base_bytes": base,
+        "base_bytes": standing_bytes(chain, made, batch),
         "update_bytes": tracker.peak,
-        "update_seconds": statistics.median(times) if times else 0.0,
+        "update_seconds": update_seconds(chain, made, FEWEST * repeats) if repeats else 0.0,
     }

@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from horizonplan.batch import move
 from horizonplan.chain import Chain
 from horizonplan.probes.cosine import Recompute, never
-from horizonplan.probes.memory import step
-from horizonplan.probes.pieces import check_pieces
+from horizonplan.probes.runs import Pair, Runs, Stream
 from horizonplan.probes.sample import Sample
-from horizonplan.probes.steady import Optimize, optimizer_for, restored, seed_all, trainable
-from horizonplan.schedule import Schedule
-
-TAIL = 4
+from horizonplan.probes.steady import Optimize
+from horizonplan.rates import jackknife, relative_rate, tail_of
 
 
 def rollout(
     chain: Chain,
     batches: Sequence[Any],
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[Pair],
     steps: int = 50,
     optimizer: Optimize | None = None,
     seed: int = 0,
@@ -37,9 +30,7 @@ def rollout(
 
     Same weights, same data order, same random numbers; everything is restored bit for bit. With J the
     mean terminal loss over the last quarter of the steps, and J_0 that of the initial weights on the
-    same batches, r = ln(J_h / J_0) / ln(J_T / J_0) (Unifying Back-Propagation and Forward-Forward
-    Algorithms through Model Predictive Control, Eq. 14). Losses that are not positive take the ratio
-    of decreases instead.
+    same batches, r = ln(J_h / J_0) / ln(J_T / J_0) (:func:`horizonplan.rates.relative_rate`).
 
     Args:
         chain: the model in the mode to train in.
@@ -61,68 +52,33 @@ def rollout(
         raise ValueError("batches is empty: give at least one batch.")
     if steps < 1:
         raise ValueError(f"steps={steps!r}: give a whole number >= 1.")
-    order = [batches[i % len(batches)] for i in range(steps)]
-    if micro_batches > 1:
-        for batch in batches:
-            check_pieces(chain, move(batch, chain.device), micro_batches)
-    tail = max(1, steps // TAIL)
-    with restored(chain), torch.no_grad():
-        seed_all(chain, seed)
-        start = [chain.loss(move(batch, chain.device)).item() for batch in order[-tail:]]
-
-    def run(pair: tuple[int, int]) -> list[float]:
-        schedule = Schedule.horizon(chain.depth, *pair)
-        schedule = replace(schedule, recompute=recompute(schedule))
-        with restored(chain, weights=True):
-            seed_all(chain, seed)
-            made = optimizer_for(trainable(chain), optimizer)
-            losses = [step(chain, move(batch, chain.device), schedule, made, micro_batches).item() for batch in order]
-        advance()
-        return losses[-tail:]
-
-    exact = run((chain.depth, 1))
-    return [_sample(pair, exact if pair[0] == chain.depth else run(pair), exact, start, steps) for pair in pairs]
+    runs = Runs(chain, Stream(batches), optimizer, seed, recompute, micro_batches, room_bytes=0)
+    last = range(steps - tail_of(steps), steps)
+    start, exact = runs.start(last), runs.advance((chain.depth, 1), steps)
+    advance()
+    samples = []
+    for pair in pairs:
+        samples.append(rate_sample(pair, runs.advance(pair, steps), exact, start))
+        if pair[0] < chain.depth:
+            advance()
+    return samples
 
 
-def relative_rate(losses: Sequence[float], exact: Sequence[float], start: Sequence[float]) -> float:
-    """Eq. 14 from the losses of a run, of back-propagation and of the initial weights on the same batches.
-
-    >>> round(relative_rate([0.5], [0.25], [1.0]), 3)
-    0.5
-    """
-    j, j_exact, j_start = map(statistics.fmean, (losses, exact, start))
-    if not all(map(math.isfinite, (j, j_exact, j_start))) or j_exact >= j_start:
-        return math.nan
-    if min(j, j_exact, j_start) > 0:
-        return math.log(j / j_start) / math.log(j_exact / j_start)
-    return (j_start - j) / (j_start - j_exact)
-
-
-def _sample(
-    pair: tuple[int, int], losses: Sequence[float], exact: Sequence[float], start: Sequence[float], steps: int
-) -> Sample:
+def rate_sample(pair: Pair, losses: Sequence[float], exact: Sequence[float], start: Sequence[float]) -> Sample:
+    """The rate of a run: all its losses, all of back-propagation's, and J_0 on the batches of the last quarter."""
+    steps, tail = len(losses), len(start)
+    losses, exact = losses[-tail:], exact[-tail:]
     rate = relative_rate(losses, exact, start)
+    falls = statistics.fmean(exact) < statistics.fmean(start)
     why = "measured"
     if math.isnan(rate):
-        falls = statistics.fmean(exact) < statistics.fmean(start)
         why = "the run diverged" if falls else f"back-propagation did not lower the loss in {steps} steps"
     detail = {
         "why": why,
-        "exact_fell": statistics.fmean(exact) < statistics.fmean(start),
+        "exact_fell": falls,
         "steps": steps,
         "loss": statistics.fmean(losses),
         "loss_exact": statistics.fmean(exact),
         "loss_start": statistics.fmean(start),
     }
-    return Sample("rate", "1", *pair, rate, _jackknife(losses, exact, start), detail=detail)
-
-
-def _jackknife(*series: Sequence[float]) -> float | None:
-    """Standard error of the rate when each of the last batches is left out once."""
-    count = len(series[0])
-    if count < 3:
-        return None
-    left_out = [relative_rate(*([*s[:i], *s[i + 1 :]] for s in series)) for i in range(count)]
-    if not all(map(math.isfinite, left_out)):
-        return None
-    return math.sqrt((count - 1) * statistics.pvariance(left_out))
+    return Sample("rate", "1", *pair, rate, jackknife(losses, exact, start), detail=detail)

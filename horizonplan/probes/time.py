@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ def time(
     optimizer: Optimize | None = None,
     repeats: int = 5,
     recompute: int = 0,
+    micro_batches: int = 1,
 ) -> list[Sample]:
     """Measure the seconds of a full training step at each horizon and stride, on the largest batch.
 
@@ -31,27 +33,35 @@ def time(
     strikes all alike; the median is the value, its standard error that of the rounds' mean.
     """
     batch, pairs = largest(batches), pairs_of(chain.depth, horizons, strides)
-    rounds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
     with restored(chain, weights=True):
         made = optimizer_for(trainable(chain), optimizer)
-        for turn in range(repeats + 1):
-            for pair in pairs:
-                seconds = _seconds(chain, batch, Schedule.horizon(chain.depth, *pair, recompute), made)
-                if turn > 0:
-                    rounds[pair].append(seconds)
+        schedules = [Schedule.horizon(chain.depth, *pair, recompute) for pair in pairs]
+        steps = [partial(step, chain, batch, schedule, made, micro_batches) for schedule in schedules]
+        rounds = in_turn(steps, chain.device, repeats)
     return [
         Sample("time", "seconds", *pair, statistics.median(values), _stderr(values), detail={"rounds": tuple(values)})
-        for pair, values in rounds.items()
+        for pair, values in zip(pairs, rounds, strict=True)
     ]
 
 
-def _seconds(chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer) -> float:
-    if chain.device.type == "cuda":
-        torch.cuda.synchronize(chain.device)
+def in_turn(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[list[float]]:
+    """Seconds of each call in ``repeats`` rounds over all of them, after one that does not count."""
+    rounds: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for call, values in zip(calls, rounds, strict=True):
+            seconds = _seconds(call, device)
+            if turn > 0:
+                values.append(seconds)
+    return rounds
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = perf_counter()
-    step(chain, batch, schedule, optimizer)
-    if chain.device.type == "cuda":
-        torch.cuda.synchronize(chain.device)
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return perf_counter() - start
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from horizonplan.batch import ComputeLoss
+from horizonplan.precision import autocast
 from horizonplan.training import state
 from horizonplan.training.attempts import Attempts
 from horizonplan.training.data import Turn
 from horizonplan.training.evaluate import evaluate
 from horizonplan.training.options import Options
-from horizonplan.training.precision import autocast
 from horizonplan.training.progress import Reporter
 from horizonplan.training.run import Run
 from horizonplan.training.schedules import DecayOnGrowth

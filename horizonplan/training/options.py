@@ -43,7 +43,9 @@ class Options:
             ``torch.optim.lr_scheduler``, or :class:`horizonplan.DecayOnGrowth`, the paper's rule.
         scheduler_every: ``"epoch"`` or ``"step"``: how often it is stepped.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"``: autocast around forwards, and for fp16 a scaled loss.
-        accumulate: batches whose gradients make one step (weighted by their samples).
+            ``None``: the plan's; without a plan ``"fp32"``.
+        accumulate: batches whose gradients make one step (weighted by their samples). A plan's micro-batches are
+            parts of each of them.
         max_grad_norm: what the gradient's norm is clipped to.
         fused: update each parameter as soon as its gradient is complete, and free the gradient: the same weights
             bit for bit, in less memory. A step that turns out not to be finite has then changed weights already.
@@ -89,7 +91,7 @@ class Options:
     optimizer: Callable[[Any], Optimizer] | Optimizer | None = None
     scheduler: Any = None
     scheduler_every: str = "epoch"
-    precision: str = "fp32"
+    precision: str | None = None
     accumulate: int = 1
     max_grad_norm: float | None = None
     fused: bool = False
@@ -108,3 +110,15 @@ class Options:
     oom_retries: int = 2
     seed: int = 0
     deterministic: bool = False
+
+    @property
+    def forward_precision(self) -> str:
+        """What is asked for, or else the plan's precision."""
+        if self.precision is not None:
+            return self.precision
+        return "fp32" if self.plan is None else self.plan.precision
+
+    @property
+    def micro_batches(self) -> int:
+        """Parts of each batch: the plan's."""
+        return 1 if self.plan is None else self.plan.micro_batches

@@ -16,15 +16,16 @@ from horizonplan.batch import resolve_loss
 from horizonplan.chain import Chain
 from horizonplan.devices import parse_device
 from horizonplan.plan import Plan
+from horizonplan.precision import check_precision
 from horizonplan.training.callbacks import check_callback
 from horizonplan.training.evaluate import check_metrics
 from horizonplan.training.fused import check_schedule
 from horizonplan.training.options import Options
-from horizonplan.training.precision import check_precision
 from horizonplan.training.schedules import DecayOnGrowth
 
 FUSED_EXCLUDES = {
     "accumulate": "gradients that wait for the next batch cannot be freed",
+    "micro_batches": "the plan accumulates gradients over them, which cannot be freed in between",
     "max_grad_norm": "the norm of all gradients is known only when all are complete, after the first updates",
     "nonfinite": "updates are made before all gradients are known to be finite; 'rollback' undoes them",
     "precision": "fp16's scaler must see all gradients before an update; 'bf16' needs none",
@@ -77,7 +78,7 @@ def check_method(options: Options, method: Algorithm, chain: Chain, world: int) 
         "accumulate": options.accumulate > 1,
         "max_grad_norm": options.max_grad_norm is not None,
         "fused": options.fused,
-        "precision": options.precision != "fp32",
+        "precision": options.forward_precision != "fp32",
         "data_parallel": world > 1,
         "nonfinite": options.nonfinite == "skip",
     }
@@ -153,7 +154,7 @@ def _numbers(options: Options) -> None:
 
 
 def _choices(options: Options) -> None:
-    check_precision(options.precision)
+    check_precision(options.forward_precision)
     for name, choices in {"scheduler_every": ("epoch", "step"), "nonfinite": ("raise", "skip", "rollback")}.items():
         if getattr(options, name) not in choices:
             raise ValueError(f"{name}={getattr(options, name)!r}: give {', '.join(map(repr, choices))}.")
@@ -165,6 +166,7 @@ def _fused(options: Options) -> None:
         "max_grad_norm": options.max_grad_norm is not None,
         "nonfinite": options.nonfinite == "skip",
         "precision": options.precision == "fp16",
+        "micro_batches": options.micro_batches > 1,
     }
     for name, wanted in asked.items():
         if wanted:

@@ -19,9 +19,10 @@ from horizonplan.algorithms import Algorithm, GradientMethod
 from horizonplan.algorithms.base import gradient_norm, not_finite
 from horizonplan.batch import batch_size, move
 from horizonplan.chain import Chain
+from horizonplan.precision import autocast
+from horizonplan.probes.pieces import at_most, pieces
 from horizonplan.training.data import Turn
 from horizonplan.training.fused import fused
-from horizonplan.training.precision import autocast
 from horizonplan.training.team import Team
 
 
@@ -39,6 +40,7 @@ class Stepper:
         max_grad_norm: what the gradient's norm is clipped to.
         fuse: update each parameter as soon as its gradient is complete.
         accumulate: batches whose gradients make one step.
+        micro_batches: parts that each of them is split into.
         updated: whether the last step changed the weights.
     """
 
@@ -51,6 +53,7 @@ class Stepper:
     max_grad_norm: float | None = None
     fuse: bool = False
     accumulate: int = 1
+    micro_batches: int = 1
     updated: bool = False
 
     def __post_init__(self) -> None:
@@ -69,15 +72,13 @@ class Stepper:
             return _checked(algorithm, algorithm.step(self.chain, move(turns[0].batch, self.place), self.optimizer))
         own = [(turn, share) for turn, share in zip(turns, shares, strict=True) if turn.counts]
         self.team.silent = not own
-        own = own or [(turns[-1], 0.0)]
+        parts = [piece for turn, share in own or [(turns[-1], 0.0)] for piece in self._pieces(turn, share)]
         total: Tensor | None = None
-        for number, (turn, share) in enumerate(own):
-            self.team.reducing = number == len(own) - 1
+        for number, (batch, share) in enumerate(parts):
+            self.team.reducing = number == len(parts) - 1
             with autocast(self.precision, self.place), self._updating():
-                loss = _checked(
-                    algorithm, algorithm.backward(self.chain, move(turn.batch, self.place), self._scale(share))
-                )
-            part = share * loss if turn.counts else torch.zeros_like(loss)
+                loss = _checked(algorithm, algorithm.backward(self.chain, move(batch, self.place), self._scale(share)))
+            part = share * loss if own else torch.zeros_like(loss)
             total = part if total is None else total + part
         assert total is not None
         return total if self.team.world == 1 else total.new_tensor(self.team.finish(total.item()))
@@ -111,6 +112,12 @@ class Stepper:
         """Forget all gradients."""
         for p in (*self.own, *_parameters(self.optimizer)):
             p.grad = None
+
+    def _pieces(self, turn: Turn, share: float) -> list[tuple[Any, float]]:
+        """A turn's micro-batches, each with its share in the mean."""
+        if self.micro_batches == 1:
+            return [(turn.batch, share)]
+        return [(piece, share * part) for piece, part in pieces(turn.batch, at_most(turn.batch, self.micro_batches))]
 
     def _updating(self) -> AbstractContextManager[None]:
         return fused(self.optimizer) if self.fuse else nullcontext()

@@ -163,11 +163,12 @@ class Trainer(Options):
             optimizer,
             place,
             group,
-            self.precision,
-            scaler_for(self.precision, place),
+            self.forward_precision,
+            scaler_for(self.forward_precision, place),
             self.max_grad_norm,
             self.fused,
             self.accumulate,
+            self.micro_batches,
         )
         run = Run(
             stepper,

@@ -1,0 +1,591 @@
+"""The auto-tuner: its trials, their count, what is never trained, what survives, and what comes of it."""
+
+import copy
+import json
+import math
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import tuner_job
+from hypothesis import given
+from hypothesis import strategies as st
+from postgresql import postgresql
+from torch import nn
+from typer.testing import CliRunner
+
+import horizonplan as hp
+from horizonplan.cli import app
+from horizonplan.rows import Row
+from horizonplan.tuner import work
+from horizonplan.tuner.ledger import MOST_DEATHS, VOID, Ledger
+from horizonplan.tuner.schedules import beats, label, to_train, undominated
+from horizonplan.tuner.storage import opened
+from horizonplan.tuner.trial import pareto
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return hp.plan_horizon(tuner_job.model(), tuner_job.dataset(), candidates="all", rollout_steps=0, batches=1)
+
+
+@pytest.fixture
+def tune(plan):
+    """Tune the small model in this process."""
+
+    def run(trials=3, model=None, **options):
+        settings = {"plan": plan, "workers": 0, "epochs": 2, "progress": False, **options}
+        data, val_data = tuner_job.dataset(), tuner_job.dataset(32)
+        return hp.tune_horizon(model or tuner_job.model(), data, val_data=val_data, trials=trials, **settings)
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What training is called with, in this process."""
+    calls = []
+
+    def spy(model, data, **options):
+        calls.append((model, options))
+        return hp.train(model, data, **options)
+
+    monkeypatch.setattr(work, "train", spy)
+    return calls
+
+
+def summary(study):
+    """What must be the same when a study is repeated: everything but measured time."""
+    return [(t.number, t.state, t.row, t.params, t.memory_bytes, t.metrics, t.values, t.reason) for t in study.trials]
+
+
+def states(study):
+    return [trial.state for trial in study.trials]
+
+
+def test_first_trials_are_the_schedules_of_the_plan_its_own_first(tune, plan):
+    study = tune(trials=3)
+    assert [trial.number for trial in study.trials] == [0, 1, 2]
+    assert states(study) == ["finished"] * 3
+    assert study.trials[0].row == plan.row
+    assert len({label(trial.row) for trial in study.trials}) == 3
+    assert [trial.params["lr"] for trial in study.trials] == pytest.approx([1e-3] * 3)
+    assert {trial.params["warmup"] for trial in study.trials} == {0}
+
+
+def test_trial_is_a_training_run_with_its_options(tune):
+    study = tune(trials=3)
+    for trial in study.trials:
+        result = hp.train(
+            tuner_job.model(),
+            tuner_job.dataset(),
+            val_data=tuner_job.dataset(32),
+            epochs=2,
+            **study.options(trial),
+        )
+        assert result.val_metrics == trial.metrics
+        assert result.peak_bytes == trial.memory_bytes
+        assert list(trial.validations) == [{"loss": v["loss"], "accuracy": v["accuracy"]} for v in result.validations]
+
+
+def test_model_is_left_as_it_is(tune):
+    model = tuner_job.model()
+    before = copy.deepcopy(model.state_dict())
+    drawn = torch.random.get_rng_state()
+    tune(trials=2, model=model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_plan_is_that_of_the_best_metric_and_trains(tune, tmp_path):
+    study = tune(trials=4)
+    best = min(study.trials, key=lambda t: (t.metrics["loss"], t.memory_bytes))
+    assert study.best.metrics["loss"] == best.metrics["loss"]
+    assert label(study.plan.row) == label(study.best.row)
+    assert study.plan.row.memory_bytes == study.best.memory_bytes
+    assert study.params == study.best.params
+    study.plan.save(tmp_path / "plan.json")
+    loaded = hp.Plan.load(tmp_path / "plan.json")
+    assert loaded == study.plan
+    assert hp.train(tuner_job.model(), tuner_job.dataset(), plan=loaded).history
+
+
+def test_accuracy_is_the_better_the_higher(tune):
+    study = tune(trials=4, metric="accuracy")
+    assert study.best.metrics["accuracy"] == max(trial.metrics["accuracy"] for trial in study.trials)
+
+
+def test_same_seed_same_trials(tune):
+    """Twelve: from the eleventh on proposals depend on what came of those before."""
+    first, second, other = tune(trials=12), tune(trials=12), tune(trials=6, seed=1)
+    assert summary(first) == summary(second)
+    assert summary(first)[:6] != summary(other)
+
+
+def test_broken_off_study_goes_on_as_if_it_had_not_been(tune, tmp_path):
+    for trials in (1, 5, 5, 12, 3):
+        study = tune(trials=trials, storage=tmp_path / "study.log")
+    assert summary(study) == summary(tune(trials=12))
+
+
+def test_resume_needs_no_plan_and_refuses_other_settings(tune, plan, tmp_path):
+    there = {"storage": tmp_path / "study.log"}
+    tune(trials=2, **there)
+    assert tune(trials=3, plan=None, **there).setting.plan == plan
+    for changed in ({"epochs": 3}, {"metric": "accuracy"}, {"learning_rates": (1e-3, 1e-2)}, {"schedules": 2}):
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            tune(**changed, **there)
+    with pytest.raises(ValueError, match="plan: the study"):
+        tune(plan=replace(plan, notes=("another",)), **there)
+    assert len(tune(trials=1, epochs=3, name="another", **there).trials) == 1
+
+
+@pytest.mark.parametrize(("harm", "words"), [("raises", "a bug in the model"), ("runs_out", "out of memory")])
+def test_trial_that_raises_has_failed_and_the_study_goes_on(tune, harm, words):
+    study = tune(trials=4, model=tuner_job.maker, space=lambda t: {"model": {"harm": harm if t.number == 1 else None}})
+    assert states(study) == ["finished", "failed", "finished", "finished"]
+    assert words in study.trials[1].reason
+    assert 1 not in [trial.number for trial in study.best_trials]
+
+
+def test_trial_that_runs_out_of_an_emulated_cards_memory_has_failed(tune, plan):
+    """The plan is made to say that all rows need next to nothing."""
+    rows = tuple(replace(row, memory_bytes=1) for row in plan.rows)
+    liar = replace(plan, rows=rows, row=rows[plan.rows.index(plan.row)])
+    study = tune(trials=3, plan=liar, device="emulated:6KiB")
+    assert "failed" in states(study)
+    for trial in study.trials:
+        assert trial.state == "finished" or "OutOfMemoryError" in trial.reason
+        assert trial.state == "failed" or trial.memory_bytes <= 6 * 1024
+
+
+def test_what_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
+    sizes = sorted(row.memory_bytes for row in undominated(plan.rows))
+    limit = sizes[len(sizes) // 2]
+    study = tune(trials=14, memory_limit=limit, max_warmup=0)
+    assert len(trained) == 14
+    assert all(options["plan"].row.memory_bytes <= limit for _, options in trained)
+    assert max(sizes) > limit
+    assert study.setting.limit_bytes == limit
+    with pytest.raises(ValueError, match=r"no schedule fits 1 B.*memory_limit"):
+        tune(memory_limit=1)
+
+
+def test_warm_up_that_is_predicted_not_to_fit_is_never_trained(tune, plan, trained):
+    """A warm-up's windows keep their graphs, so that one before checkpointing can need more than it."""
+    row = next(row for row in plan.rows if row.recompute == 2)
+    plain = tune(trials=5, plan=replace(plan, row=row), schedules=1, max_warmup=1)
+    by_warmup = {trial.params["warmup"]: trial.memory_bytes for trial in plain.trials}
+    assert by_warmup[0] < by_warmup[1]
+    trained.clear()
+    study = tune(trials=5, plan=replace(plan, row=row), schedules=1, max_warmup=1, memory_limit=by_warmup[0])
+    assert {options["warmup"] for _, options in trained} == {0}
+    assert {t.state for t in study.trials if t.params["warmup"]} == {"pruned"}
+
+
+def test_model_of_another_size_is_predicted_before_it_is_trained(tune, trained):
+    limit = 100_000
+
+    def space(trial):
+        return {"model": {"width": trial.suggest_categorical("width", [8, 256])}}
+
+    study = tune(trials=4, schedules=1, model=tuner_job.maker, space=space, memory_limit=limit)
+    assert {trial.params["width"] for trial in study.trials} == {8, 256}
+    for trial in study.trials:
+        assert (trial.state == "pruned") == (trial.params["width"] == 256) == (not trial.feasible)
+    assert {model.stem.out_features for model, _ in trained} == {8}
+    assert all(trial.memory_bytes > limit and "not trained" in trial.reason for trial in study.trials if trial.reason)
+
+
+def test_beyond_its_memory_a_trial_is_not_among_the_best(tune, plan):
+    """Planned rows that need less than they say are found out."""
+    rows = tuple(replace(row, memory_bytes=row.memory_bytes // 4) for row in plan.rows)
+    liar = replace(plan, rows=rows, row=rows[plan.rows.index(plan.row)])
+    seen = tune(trials=4)
+    limit = sorted(trial.memory_bytes for trial in seen.trials)[1]
+    study = tune(trials=4, plan=liar, memory_limit=limit)
+    assert [trial.feasible for trial in study.trials] == [trial.memory_bytes <= limit for trial in study.trials]
+    assert not all(trial.feasible for trial in study.trials)
+    assert all(trial.memory_bytes <= limit for trial in study.best_trials)
+
+
+def test_diverged_trial_is_pruned(tune):
+    study = tune(trials=2, learning_rates=None, optimizer=torch.optim.SGD, space=lambda t: {"optimizer": {"lr": 1e38}})
+    assert states(study) == ["pruned"] * 2
+    assert all(trial.reason.startswith("diverged") for trial in study.trials)
+    with pytest.raises(ValueError, match=r"no trial of 2 finished.*diverged"):
+        study.plan  # noqa: B018
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_trial_worse_than_the_median_is_ended_after_that_epoch(tune, prune):
+    study = tune(
+        trials=6,
+        epochs=3,
+        schedules=1,
+        learning_rates=None,
+        optimizer=torch.optim.SGD,
+        space=lambda t: {"optimizer": {"lr": 1e-9 if t.number in (0, 4) else 0.1 + t.number / 100}},
+        max_warmup=0,
+        prune=prune,
+    )
+    assert states(study)[:4] == ["finished"] * 4  # with less than three peers none is ended
+    assert (study.trials[4].state, len(study.trials[4].validations)) == (("pruned", 1) if prune else ("finished", 3))
+    assert len(study.trials[5].validations) == 3
+
+
+def test_trials_are_held_against_schedules_as_cheap_only(tune, plan):
+    """Every third trial does not learn. Which of them are ended is told by the rule written out."""
+    rows = sorted(to_train(plan, 6, None).values(), key=lambda row: row.memory_bytes)
+    cheap, dear = replace(rows[0], step_seconds=0.5), replace(rows[-1], step_seconds=1.0)
+    study = tune(
+        trials=13,
+        plan=replace(plan, rows=(dear, cheap), row=dear),
+        learning_rates=None,
+        optimizer=torch.optim.SGD,
+        space=lambda t: {"optimizer": {"lr": 1e-9 if t.number % 3 == 2 else 0.1}},
+        max_warmup=0,
+    )
+
+    def worse(trial, peers):
+        seen = [peer.validations[0]["loss"] for peer in peers]
+        return len(seen) >= 3 and trial.validations[0]["loss"] > statistics.median(seen)
+
+    spared = 0
+    for trial in study.trials:
+        before = [t for t in study.trials[: trial.number] if t.state == "finished"]
+        as_cheap = [t for t in before if t.row == trial.row or trial.row == dear]
+        assert (trial.state == "pruned") == worse(trial, as_cheap)
+        spared += worse(trial, before) and not worse(trial, as_cheap)
+    assert "pruned" in states(study)
+    assert spared
+
+
+VALUES = st.tuples(*[st.integers(0, 3).map(float)] * 3)
+
+
+@given(st.lists(VALUES, max_size=12), st.booleans())
+def test_front_is_optunas(points, higher):
+    directions = ["minimize", "maximize" if higher else "minimize", "minimize"]
+    study = optuna.create_study(directions=directions)
+    for values in points:
+        study.add_trial(optuna.create_trial(values=values))
+    row = Row(horizon=1, memory_bytes=1)
+    ours = [hp.Trial(number=i, state="finished", row=row, values=v) for i, v in enumerate(points)]
+    ours += [hp.Trial(number=90, state="finished", row=row, values=(-1.0, 0.0, -1.0), feasible=False)]
+    ours += [hp.Trial(number=91, state="pruned", row=row), hp.Trial(number=92, state="failed", row=row)]
+    assert sorted(t.number for t in pareto(ours, higher)) == sorted(t.number for t in study.best_trials)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=10))
+def test_schedules_are_those_that_nothing_beats(points):
+    rows = [
+        Row(horizon=i + 1, memory_bytes=m, step_seconds=float(s), rate=float(r)) for i, (m, s, r) in enumerate(points)
+    ]
+    found = undominated(rows)
+    costs = {row.horizon: (row.memory_bytes, row.step_seconds, -row.rate) for row in rows}
+    assert {costs[row.horizon] for row in found} == {
+        own for own in costs.values() if not any(beats(other, own) for other in costs.values())
+    }
+    assert len({costs[row.horizon] for row in found}) == len(found)
+
+
+def test_trials_are_those_of_optuna(tune, tmp_path):
+    """Whoever opens the journal with Optuna sees the same trials, values and constraints."""
+    study = tune(trials=4, storage=tmp_path / "study.log", memory_limit="1GiB")
+    with opened(tmp_path / "study.log") as storage:
+        theirs = optuna.load_study(study_name="horizonplan", storage=storage)
+    complete = theirs.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert [(t.number, tuple(t.values)) for t in complete] == [(t.number, t.values) for t in study.trials]
+    assert {t.number for t in theirs.best_trials} == {t.number for t in study.best_trials}
+    assert [t.constraints["memory"] for t in complete] == [t.memory_bytes - 2**30 for t in study.trials]
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code": 4, "worker_id"', b"{", b'{"a":1}'])
+def test_record_that_was_cut_off_costs_nothing_else(tune, tmp_path, torn):
+    path = tmp_path / "study.log"
+    before = tune(trials=2, storage=path)
+    path.write_bytes(path.read_bytes() + torn)
+    after = tune(trials=3, storage=path)
+    assert summary(after)[:2] == summary(before)
+    assert summary(tune(trials=3, storage=path)) == summary(after)
+
+
+def test_file_that_is_no_journal_is_refused_and_left_alone(tune, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("Dear diary,\nnothing happened.\n")
+    with pytest.raises(ValueError, match=r"notes\.txt.*no journal"):
+        tune(storage=path)
+    assert path.read_text() == "Dear diary,\nnothing happened.\n"
+
+
+def ledger(path, total):
+    """A ledger on a study of no models."""
+    with opened(path) as storage:
+        study = optuna.create_study(storage=storage, study_name="s", directions=["minimize"] * 3, load_if_exists=True)
+    return Ledger(study, total, 0, None)
+
+
+def draw(trial):
+    return trial.suggest_float("x", 0, 1)
+
+
+def test_trial_of_a_dead_owner_is_made_again_until_it_has_failed(tmp_path):
+    seen = []
+    for _ in range(MOST_DEATHS):
+        with ledger(tmp_path / "log", total=1) as left:
+            seen.append(left.take(draw)[1])
+            assert left.take(draw) is None  # one is all there are to be
+    assert len(set(seen)) == 1
+    with ledger(tmp_path / "log", total=1) as last:
+        assert last.take(draw) is None
+        assert last.settled()
+        (trial,) = last.begun()
+    assert "died 3 times" in trial.user_attrs["found"]["reason"]
+
+
+def test_trial_of_a_living_owner_is_left_to_it(tmp_path):
+    with ledger(tmp_path / "log", total=1) as one, ledger(tmp_path / "log", total=1) as two:
+        trial, _ = one.take(draw)
+        assert two.take(draw) is None
+        assert not two.settled()
+        one.finish(trial, work.Found(state="finished"), (1.0, 2.0, 3.0))
+        assert two.settled()
+        assert two.begun()[0].values == [1.0, 2.0, 3.0]
+
+
+def test_many_at_once_make_as_many_as_asked_for(tmp_path):
+    ledgers = [ledger(tmp_path / "log", total=20) for _ in range(3)]
+
+    def make(one):
+        while not one.settled():
+            if (taken := one.take(draw)) is not None:
+                one.finish(taken[0], work.Found(state="finished"), (taken[1], 0.0, 0.0))
+
+    threads = [threading.Thread(target=make, args=(one,)) for one in ledgers for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    counted = ledgers[0].begun()
+    assert len(counted) == 20
+    assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in counted)
+    assert len({trial.params["x"] for trial in counted}) == 20  # no two drew the same numbers
+
+
+def test_study_shows_itself(tune, tmp_path):
+    study = tune(trials=3)
+    lines = str(study).splitlines()
+    assert len(lines) == 4
+    assert [line.startswith("->") for line in lines[1:]] == [trial is study.best for trial in study.trials]
+    study.save(tmp_path / "study.json")
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert [trial["horizon"] for trial in saved["trials"]] == [trial.row.horizon for trial in study.trials]
+    assert saved["best_trials"] == [trial.number for trial in study.best_trials]
+    assert hp.Plan.from_dict(saved["plan"]) == study.plan
+    study.plot(tmp_path / "study.svg")
+    assert (tmp_path / "study.svg").read_text().count("<!-- h=") == len(study.best_trials)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trials": 0}, "trials=0"),
+        ({"workers": -1}, "workers=-1"),
+        ({"epochs": 1.5}, "epochs=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"learning_rates": (1e-2, 1e-4)}, "least <= largest"),
+        ({"learning_rates": (0, 1e-4)}, "least <= largest"),
+        ({"learning_rates": (1e-3,)}, "least and the largest"),
+        ({"max_warmup": 2}, "max_warmup=2"),
+        ({"timeout_seconds": math.inf}, "timeout_seconds"),
+        ({"metric": "bleu"}, "higher_is_better"),
+        ({"metric": "bleu", "higher_is_better": True}, "loss, accuracy"),
+        ({"val_data": None}, "val_data=None"),
+        ({"memory_limit": "lots"}, "memory_limit='lots'"),
+        ({"device": "simulated:1GiB"}, "cannot|nothing can be trained"),
+        ({"options": {"epochs": 2}}, "options: 'epochs'"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)}, "optimizer="),
+        ({"optimizer": lambda params: torch.optim.SGD(params)}, "learning_rates=None"),
+        ({"space": lambda trial: 3}, "dict of dicts"),
+        ({"space": lambda trial: {"weights": {}}}, "the parts are model, optimizer, train"),
+        ({"space": lambda trial: {"model": {"width": 3}}}, "not a module"),
+        ({"space": lambda trial: {"train": {"epochs": 3}}}, "space: 'epochs'"),
+        ({"space": lambda trial: {"optimizer": {"lr": 3}}}, "learning_rates=None"),
+        ({"space": lambda t: {"optimizer": {"weight_decay": t.suggest_float("lr", 0, 1)}}}, "suggests 'lr'"),
+        ({"storage": "/nowhere/study.log"}, "no folder /nowhere"),
+        ({"storage": "nonsense://x"}, "storage='nonsense://x'"),
+        ({"model": lambda: 3}, "returned a int"),
+        ({"model": lambda width: tuner_job.model()}, "give them defaults"),
+    ],
+)
+def test_bad_arguments_are_named(plan, options, words):
+    given = {"model": tuner_job.model(), "data": tuner_job.dataset(), "val_data": tuner_job.dataset(32), **options}
+    with pytest.raises(ValueError, match=words):
+        hp.tune_horizon(**{"plan": plan, "workers": 0, "trials": 2, "epochs": 2, "progress": False, **given})
+
+
+@pytest.mark.parametrize("name", ["model", "val_data", "optimizer"])
+def test_what_cannot_go_to_another_process_is_named(plan, name):
+    data = tuner_job.dataset(32)
+    closures = {
+        "model": lambda: tuner_job.model(),
+        "val_data": lambda: data,
+        "optimizer": lambda params, lr: torch.optim.SGD(params, lr=lr),
+    }
+    given = {"model": tuner_job.model(), "data": data, "val_data": data, name: closures[name]}
+    with pytest.raises(ValueError, match=rf"^{name}: it cannot go .*workers=0"):
+        hp.tune_horizon(**given, plan=plan, trials=1, progress=False)
+
+
+USER = """
+from tuner_job import dataset, harms, maker, model
+
+def both():
+    return dataset(), dataset(32)
+
+def ends(trial):
+    return {"model": {"harm": "raises"}}
+"""
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    (tmp_path / "tuned_user.py").write_text(USER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "tuned_user"
+    sys.modules.pop("tuned_user", None)
+
+
+def command(*words, code=0):
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, ["tune", *map(str, words)])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def test_command_tunes_and_goes_on(user, tmp_path):
+    here = [f"{user}:model", "--data", f"{user}:both", "--workers", 0, "--storage", "study.log"]
+    text = command(*here, "--trials", 2, "--out", "plan.json", "--plot", "study.png").stdout
+    assert [line.split()[-1] for line in text.splitlines()[1:3]] == ["finished"] * 2
+    assert hp.Plan.load("plan.json").depth == tuner_job.DEPTH
+    assert Path("study.png").stat().st_size > 0
+    found = json.loads(command(*here, "--trials", 3, "--json").stdout)
+    assert [trial["state"] for trial in found["trials"]] == ["finished"] * 3
+    assert found["best"] in found["best_trials"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--data", "tuned_user:dataset"], 1, "nothing to validate on"),
+        (["--data", "tuned_user:both", "--learning-rates", "fast"], 2, "two numbers"),
+        (["--data", "tuned_user:both", "--out", "nowhere/plan.json"], 2, "no folder nowhere"),
+        (["--data", "tuned_user:both", "--plan", "absent.json"], 1, "absent.json"),
+        (["--data", "tuned_user:both", "--storage", "nowhere/study.log"], 1, "no folder"),
+        (["--data", "tuned_user:both", "--metric", "recall"], 1, "higher_is_better"),
+        (["--data", "tuned_user:both", "--space", "tuned_user:absent"], 1, "no 'absent'"),
+        (["--data", "tuned_user:both", "--trials", "0"], 2, "--trials"),
+        (["--data", "tuned_user:both", "--plan", "p.json", "--blocks", "blocks"], 2, "exclude each other"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(user, words, code, message):
+    output = command(f"{user}:model", *words, "--workers", 0, code=code).output
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_command_fails_where_no_trial_finishes(user):
+    words = [f"{user}:maker", "--data", f"{user}:both", "--workers", 0, "--space", f"{user}:ends", "--trials", 2]
+    result = command(*words, "--json", code=1)
+    assert "a bug in the model" in result.stderr
+    assert [trial["state"] for trial in json.loads(result.stdout)["trials"]] == ["failed"] * 2
+
+
+@pytest.mark.slow
+def test_processes_make_what_this_one_does(tune):
+    here, there = tune(trials=4), tune(trials=4, workers=2)
+    assert summary(here) == summary(there)
+
+
+@pytest.mark.slow
+def test_trial_that_crashes_ends_no_other(tune):
+    study = tune(trials=5, workers=1, model=tuner_job.maker, space=tuner_job.harms)
+    assert states(study) == ["finished", "failed", "failed", "failed", "finished"]
+    words = "SIGKILL", "a bug in the model", "out of memory"
+    assert all(said in trial.reason for said, trial in zip(words, study.trials[1:4], strict=True))
+
+
+@pytest.mark.slow
+def test_trial_that_takes_too_long_has_failed(tune):
+    study = tune(trials=1, workers=1, timeout_seconds=25.0, model=tuner_job.maker, space=tuner_job.hangs)
+    assert states(study) == ["failed"]
+
+
+def started(storage, trials, workers):
+    command = [sys.executable, tuner_job.__file__, str(storage), str(trials), str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kept(place):
+    """The trials in a storage; none if there is no study yet."""
+    with opened(place) as storage:
+        if "horizonplan" not in optuna.get_all_study_names(storage):
+            return []
+        return optuna.load_study(study_name="horizonplan", storage=storage).trials
+
+
+def finished(place):
+    """Number -> values and parameters of the trials that are complete."""
+    complete = [trial for trial in kept(place) if trial.state == optuna.trial.TrialState.COMPLETE]
+    return {trial.number: (tuple(trial.values), trial.params) for trial in complete}
+
+
+def killed_often(storage, trials, workers, times, rng):
+    """Kill a study again and again, then let it come to its end; no finished trial may change or be lost."""
+    known = {}
+    for _ in range(times):
+        process = started(storage, trials, workers)
+        time.sleep(rng.uniform(2.0, 14.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = finished(storage)
+        assert known.items() <= now.items()
+        known = now
+    last = started(storage, trials, workers)
+    output, errors = last.communicate(timeout=300)
+    assert (last.returncode, output.strip()) == (0, str(trials)), errors
+    now = finished(storage)
+    assert known.items() <= now.items()
+    begun = [t for t in kept(storage) if t.state != optuna.trial.TrialState.WAITING and VOID not in t.user_attrs]
+    assert len(begun) == trials
+    assert all(trial.state.is_finished() for trial in begun)
+    return len(known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_study_loses_no_finished_trial(tmp_path, workers):
+    killed_often(tmp_path / "study.log", 8, workers, 5, random.Random(workers))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_database():
+    with postgresql() as url:
+        both = [started(url, 6, 1) for _ in range(2)]
+        outputs = [process.communicate(timeout=300) for process in both]
+        assert [output.strip() for output, _ in outputs] == ["6", "6"], outputs
+        assert len(finished(url)) == 6
+        assert len({trial.user_attrs["owner"] for trial in kept(url) if "owner" in trial.user_attrs}) == 2
+        killed_often(url, 9, 1, 2, random.Random(0))
