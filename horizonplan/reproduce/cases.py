@@ -19,19 +19,20 @@ from torch.utils.data import Dataset
 from horizonplan.batch import LossFunction
 from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
 from horizonplan.reproduce import generators, pretrained, verses
-from horizonplan.reproduce.images import images
+from horizonplan.reproduce.images import images, source
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
+IMAGES: dict[Scale, tuple[int, int]] = {"small": (800, 400), "paper": (45_000, 10_000)}  # training, validation
+HUNDRED = (50_000, 10_000)  # of CIFAR-100
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation data, and what they are in words."""
+    """Training and validation data."""
 
     training: Dataset[Any]
     validation: Dataset[Any]
-    words: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Case:
     Attributes:
         name: M1, M2, M3, ...
         title: what it is.
-        sizes: depth, width and the like, in words.
+        sizes: depth, width and the number of samples, in words.
+        source: what the samples are, in words.
         make: the network, with fresh random weights (seed torch before).
         data: loads the data.
         loss: of output and target.
@@ -58,6 +60,7 @@ class Case:
     name: str
     title: str
     sizes: str
+    source: str
     make: Callable[[], nn.Module]
     data: Callable[[], Data]
     loss: LossFunction
@@ -85,7 +88,7 @@ class Case:
     def words(self) -> str:
         """The network and its training in words, for captions."""
         rule = f"{self.optimizer} {self.learning_rate:g}, batches of {self.batch}, {self.epochs} epochs"
-        return f"{self.name} ({self.title}: {self.sizes}; {rule})"
+        return f"{self.name} ({self.title}: {self.sizes} {self.source}; {rule})"
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,10 @@ def _m1(scale: Scale) -> Case:
     return Case(
         name="M1",
         title="residual linear network",
-        sizes=f"T = 13 blocks of width 10 between linear stem and head, {samples:,} samples of y = W x",
+        sizes=f"T = 13 blocks of width 10 between linear stem and head, {samples:,} samples",
+        source="of y = W x",
         make=lambda: ResidualLinear(10, 10, 10, 13),
-        data=lambda: Data(generators.linear(samples, 0), generators.linear(held, 1), f"{samples:,} samples"),
+        data=lambda: Data(generators.linear(samples, 0), generators.linear(held, 1)),
         loss=F.mse_loss,
         learning_rate=0.03,
         batch=100,
@@ -145,12 +149,11 @@ def _m2(scale: Scale) -> Case:
         title="residual MLP",
         sizes=(
             f"T = 13 blocks of width 10 between linear stem and head, initial block weights divided by √T, {samples:,} "
-            f"samples of cosines and sines{why}"
+            "samples"
         ),
+        source=f"of cosines and sines{why}",
         make=_mlp,
-        data=lambda: Data(
-            generators.trigonometric(samples, 0), generators.trigonometric(held, 1), f"{samples:,} samples"
-        ),
+        data=lambda: Data(generators.trigonometric(samples, 0), generators.trigonometric(held, 1)),
         learning_rate=learning_rate,
     )
 
@@ -166,20 +169,16 @@ def _mlp() -> nn.Module:
 
 def _m3(scale: Scale, sources: Sources) -> Case:
     small = scale == "small"
-    channels, blocks, count, held = ((4, 8, 16), 3, 800, 400) if small else ((16, 32, 64), 10, 45_000, None)
-
-    def data() -> Data:
-        found = images(sources.images, 10, count, held)
-        return Data(found.training, found.test, found.words)
-
+    channels, blocks = ((4, 8, 16), 3) if small else ((16, 32, 64), 10)
+    count, held = IMAGES[scale]
     layers = 2 * blocks * len(channels) + 2
-    what = "CIFAR-10" if sources.images is not None else "MNIST digits padded to 3 x 32 x 32 (no CIFAR was given)"
     return Case(
         name="M3",
         title=f"ResNet-{layers}",
-        sizes=f"T = {blocks * len(channels)} blocks, channels {'/'.join(map(str, channels))}, {count:,} {what}",
+        sizes=f"T = {blocks * len(channels)} blocks, channels {'/'.join(map(str, channels))}, {count:,} images",
+        source=source(sources.images, 10),
         make=lambda: ResidualCNN(3, channels, blocks),
-        data=data,
+        data=lambda: Data(*images(sources.images, 10, count, held)),
         loss=F.cross_entropy,
         learning_rate=0.01,
         batch=16 if small else 32,
@@ -207,9 +206,10 @@ def _lora(sources: Sources) -> Case:
     return Case(
         name="MiniLM",
         title="LoRA of rank 8 on a pre-trained MiniLM",
-        sizes=f"T = 6 layers, {training} King James verses of {verses.TOKENS} tokens, which testament",
+        sizes=f"T = 6 layers, {training} verses of {verses.TOKENS} tokens",
+        source="of the King James text: which testament?",
         make=lambda: verses.classifier(sources.text),
-        data=lambda: Data(*verses.data(sources.text, training, held), f"{training} verses"),
+        data=lambda: Data(*verses.data(sources.text, training, held)),
         loss=F.cross_entropy,
         learning_rate=0.001,
         batch=8,
@@ -224,13 +224,10 @@ def _lora(sources: Sources) -> Case:
 
 def pretrained_cases(sources: Sources) -> list[Case]:
     """The paper's fine-tuning: ResNet-50 in full, ViT-B/16 with LoRA, on CIFAR-100 enlarged to 224 x 224."""
-
-    def data() -> Data:
-        found = images(sources.images, 100)
-        return Data(found.training, found.test, found.words)
-
+    size = f"{HUNDRED[0]:,} images, enlarged to {pretrained.SIDE} x {pretrained.SIDE},"
     both: Mapping[str, Any] = {
-        "data": data,
+        "source": source(sources.images, 100),
+        "data": lambda: Data(*images(sources.images, 100, *HUNDRED)),
         "loss": F.cross_entropy,
         "learning_rate": 0.001,
         "batch": 64,
@@ -243,7 +240,7 @@ def pretrained_cases(sources: Sources) -> list[Case]:
         Case(
             name="ResNet-50",
             title="full fine-tuning",
-            sizes="T = 16 blocks, 50,000 CIFAR-100 images at 224 x 224",
+            sizes=f"T = 16 blocks, {size}",
             make=lambda: pretrained.resnet50(sources.weights),
             horizons=(1, 2, 4, 6, 8, 10, 12, 14, 16),
             disjoint=(2, 4, 8),
@@ -252,7 +249,7 @@ def pretrained_cases(sources: Sources) -> list[Case]:
         Case(
             name="ViT-B/16",
             title=f"LoRA of rank {pretrained.RANK}",
-            sizes="T = 12 layers, 50,000 CIFAR-100 images at 224 x 224",
+            sizes=f"T = 12 layers, {size}",
             make=lambda: pretrained.vit(sources.weights),
             horizons=(1, 2, 3, 4, 6, 8, 10, 12),
             disjoint=(2, 3, 4, 6),

@@ -36,7 +36,6 @@ class Cells:
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self.report = folder, report
         self.computed, self.found = 0, 0
-        self.seconds: dict[str, float] = {}
 
     def get(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """What a cell has found, from its file, or computed now and kept.
@@ -65,8 +64,12 @@ class Cells:
             kept = json.loads(text)
             self.computed += 1
             self.report(f"{name}: {kept['process_seconds']:.1f} s")
-        self.seconds[name] = kept["process_seconds"]
         return kept["value"]
+
+    def seconds(self) -> list[float]:
+        """The process time of each finished cell in the folder, whichever call computed it."""
+        kept = map(_read, sorted(self.folder.rglob("*.json")))
+        return [cell["process_seconds"] for cell in kept if cell is not None]
 
 
 def _as_path(name: str) -> str:

@@ -20,8 +20,8 @@ from horizonplan.probes.tracker import LiveBytes
 from horizonplan.reproduce import style
 from horizonplan.reproduce.cases import Case, Data, full_m3
 from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY, Claim, Finding, judge, write_table
-from horizonplan.reproduce.lab import Cost, Lab, optimizer_of
-from horizonplan.reproduce.methods import BP, checkpointed, disjoint, sliding
+from horizonplan.reproduce.lab import TIMED_ROUNDS, Cost, Lab, optimizer_of
+from horizonplan.reproduce.methods import BP, checkpointed, checkpoints, disjoint, sliding
 from horizonplan.reproduce.numbers import line
 from horizonplan.reproduce.static import static_backward
 
@@ -29,6 +29,7 @@ NAME, TITLE = "e1", "Figure E1: memory and time of a step over the horizon"
 IMAGES = 8  # of random pixels, for the whole ResNet-62
 GRID = (1, 2, 3, 5, 8, 10, 12, 15, 18, 20, 22, 25, 28, 30)
 STRAIGHT, NEARLY = 0.99, 0.95  # R squared
+CHECKPOINT_MARKS = "*P"  # every block, every root of T
 BULGE = 1.5  # times back-propagation's memory
 
 
@@ -39,10 +40,10 @@ def measured(lab: Lab) -> list[tuple[Case, tuple[int, ...]]]:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(IMAGES, 3, 32, 32, generator=generator)
         few = TensorDataset(pixels, torch.arange(IMAGES) % 10)
-        return Data(few, few, "random pixels")
+        return Data(few, few)
 
-    sizes = f"T = 30 blocks, channels 16/32/64, {IMAGES} images of random pixels"
-    m3 = replace(full_m3(), name="M3-whole", batch=IMAGES, sizes=sizes, data=noise)
+    sizes = f"T = 30 blocks, channels 16/32/64, {IMAGES} images"
+    m3 = replace(full_m3(), name="M3-whole", batch=IMAGES, sizes=sizes, source="of random pixels", data=noise)
     return [*((case, tuple(range(1, case.depth + 1))) for case in map(lab.case, ("M1", "M2"))), (m3, GRID)]
 
 
@@ -51,7 +52,7 @@ def run(lab: Lab, out: Path) -> Finding:
     rows: list[dict[str, Any]] = []
     for case, grid in measured(lab):
         middle = [h for h in grid if 1 < h < case.depth]
-        periods = sorted({1, round(case.depth**0.5)})
+        periods = checkpoints(case.depth)
         methods = [
             *(sliding(h, case.depth) for h in grid),
             *(disjoint(h) for h in middle),
@@ -71,13 +72,16 @@ def run(lab: Lab, out: Path) -> Finding:
         ]
     _draw(rows, out / f"{NAME}.png")
     words = "; ".join(
-        f"{case.name.removesuffix('-whole')}: {case.sizes}, batch {case.batch}" for case, _ in measured(lab)
+        f"{case.name.removesuffix('-whole')}: {case.sizes} {case.source}, batch {case.batch}"
+        for case, _ in measured(lab)
     )
     caption = (
         "Peak bytes of one training step (parameters, optimiser state and batch included) over those of "
         "back-propagation, against h/T: one window at a time (left), all windows at once, the paper's static mode "
-        "(middle). Right: process time of forward and backward over back-propagation's, median of rounds in turn. "
-        f"Dashed: disjoint windows, s = h. Stars: back-propagation with activation checkpointing. {words}."
+        f"(middle). Right: {lab.timed} of forward and backward over back-propagation's, median of {TIMED_ROUNDS} "
+        "rounds in turn, bars: their range. Dashed: disjoint windows, s = h. Stars and crosses: back-propagation with "
+        "activation checkpointing every block, and every root of T blocks. One batch and one set of weights, as a "
+        f"step's bytes do not depend on them. {words}."
     )
     tables = (write_table(out / f"{NAME}.csv", rows),)
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows))
@@ -103,7 +107,8 @@ def static_bytes(lab: Lab, case: Case, grid: Sequence[int]) -> dict[str, int]:
 
 def _blank(case: Case, kind: str, h: int) -> dict[str, Any]:
     place = {"model": case.name.removesuffix("-whole"), "kind": kind, "h": h, "T": case.depth, "h/T": h / case.depth}
-    return place | {"bytes": "", "bytes/BP": "", "flops/BP": "", "units": "", "seconds": "", "seconds/BP": ""}
+    times = dict.fromkeys(("seconds", "seconds/BP", "least seconds/BP", "most seconds/BP"), "")
+    return place | {"bytes": "", "bytes/BP": "", "flops/BP": "", "units": ""} | times
 
 
 def _row(case: Case, kind: str, h: int, cost: Cost, exact: Cost) -> dict[str, Any]:
@@ -114,6 +119,8 @@ def _row(case: Case, kind: str, h: int, cost: Cost, exact: Cost) -> dict[str, An
         "units": cost.units,
         "seconds": cost.median_seconds,
         "seconds/BP": cost.median_seconds / exact.median_seconds,
+        "least seconds/BP": min(cost.seconds) / exact.median_seconds,
+        "most seconds/BP": max(cost.seconds) / exact.median_seconds,
     }
 
 
@@ -202,31 +209,43 @@ def _against_checkpointing(rows: Sequence[dict[str, Any]]) -> Claim:
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    made, axes = style.figure(1, 3, 11, 3.7)
+    made, axes = style.figure(1, 3, 11, 3.9)
     eager, static, seconds = axes[0]
     for model, mark in zip(_models(rows), "os^", strict=True):
-        colour = style.MODELS[model]
+        own = {"color": style.MODELS[model], "marker": mark, "ms": 3}
         for kind, ls in (("s = 1", "-"), ("s = h", "--")):
             mine = _of(rows, model, kind)
-            label = model if kind == "s = 1" else None
-            options = {"color": colour, "ls": ls, "marker": mark, "ms": 3, "label": label}
+            options = {**own, "ls": ls, "label": model if kind == "s = 1" else None}
             eager.plot([r["h/T"] for r in mine], [r["bytes/BP"] for r in mine], **options)
-            seconds.plot([r["h/T"] for r in mine], [r["seconds/BP"] for r in mine], **options)
-        for row in (r for r in rows if r["model"] == model and r["kind"].startswith("BP")):
+            seconds.errorbar([r["h/T"] for r in mine], *_times(mine), elinewidth=0.6, **options)
+        exact = [r for r in rows if r["model"] == model and r["kind"].startswith("BP")]
+        for row, star in zip(exact, CHECKPOINT_MARKS, strict=False):
             for panel, value in ((eager, "bytes/BP"), (seconds, "seconds/BP")):
-                panel.plot(row["h/T"], row[value], "*", ms=10, color=colour, mec="white", mew=0.5, zorder=5)
+                panel.plot(
+                    row["h/T"], row[value], star, ms=8, color=style.MODELS[model], mec="white", mew=0.5, zorder=5,
+                    clip_on=False,
+                )  # fmt: skip
         mine = _of(rows, model, "all windows at once")
-        static.plot(
-            [r["h/T"] for r in mine], [r["bytes/BP"] for r in mine], marker=mark, ms=3, color=colour, label=model
-        )
+        static.plot([r["h/T"] for r in mine], [r["bytes/BP"] for r in mine], label=model, **own)
     for panel in (eager, seconds):
         panel.plot([], [], "--", color="0.4", label="disjoint, s = h")
-        panel.plot([], [], "*", ms=9, color="0.4", label="BP, checkpointed")
+        for star, every in zip(CHECKPOINT_MARKS, ("block", "√T blocks"), strict=True):
+            panel.plot([], [], star, ms=8, color="0.4", label=f"BP, checkpoint every {every}")
     for panel in axes[0]:
         panel.axhline(1, color="0.6", lw=0.8, zorder=0)
         panel.set(xlabel="h / T", ylim=(0, None), xlim=(0, 1.04))
-        style.legend(panel)
+    style.legend(eager, loc="lower center", bbox_to_anchor=(0.6, 0))
+    style.legend(static, loc="lower center")
+    seconds.set_ylim(0, 1.5 * seconds.get_ylim()[1])
+    style.legend(seconds, loc="upper right")
     eager.set(title="one window at a time (eager)", ylabel="memory / memory of BP")
     static.set(title="all windows at once (static)", ylabel="memory / memory of BP")
     seconds.set(title="time of forward and backward", ylabel="time / time of BP")
     style.save(made, path)
+
+
+def _times(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far the least and the most of the rounds are from them."""
+    middle = [r["seconds/BP"] for r in rows]
+    below = [r["seconds/BP"] - r["least seconds/BP"] for r in rows]
+    return middle, [below, [r["most seconds/BP"] - r["seconds/BP"] for r in rows]]

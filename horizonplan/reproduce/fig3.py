@@ -6,6 +6,7 @@ LoRA on MiniLM in their places. Figure 4 draws the same runs over the epochs.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any
 from horizonplan.reproduce import style, verses
 from horizonplan.reproduce.cases import Case, fine_tuning
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY, Claim, Finding, judge, write_table
-from horizonplan.reproduce.lab import Lab, with_batch
+from horizonplan.reproduce.lab import TIMED_ROUNDS, Cost, Lab, with_batch
 from horizonplan.reproduce.methods import BP, Method, checkpointed, disjoint, sliding
 from horizonplan.reproduce.numbers import line, spread
 
@@ -23,7 +24,7 @@ NAME, TITLE = "fig3", "Figure 3: accuracy and memory at equal memory"
 EQUAL, ROUGHLY = 0.25, 0.5  # how far from back-propagation's memory the reciprocal rule may end
 STRAIGHT, NEARLY = 0.05, 0.1  # how far from a line, as a part of the mean, M(h) may be
 CLOSE, NEAR = 0.02, 0.05  # accuracy
-CHECKPOINT = 1
+AGAIN = checkpointed(1)
 
 
 def present(lab: Lab) -> tuple[list[Case], str]:
@@ -50,15 +51,15 @@ def run(lab: Lab, out: Path) -> Finding:
     """Train every horizon with its batch, measure its step, draw and judge."""
     found, note = present(lab)
     rows: list[dict[str, Any]] = []
+    seeds: list[dict[str, Any]] = []
     for case in found:
-        for kind, h, own, method in trained(case):
-            runs, cost = lab.runs(own, method), lab.costs(own, [method], f"{NAME}/{method.name}")[method.name]
-            accuracies = [r.final_accuracy for r in runs]
-            rows.append(_row(lab, case, kind, h, own, cost, accuracies))
-        again = checkpointed(CHECKPOINT)
-        cost = lab.costs(case, [again], f"{NAME}/{again.name}")[again.name]
-        exact = [r.final_accuracy for r in lab.runs(case, BP)]
-        rows.append(_row(lab, case, again.name, case.depth, case, cost, exact))
+        for kind, h, own, method in (*trained(case), (AGAIN.name, case.depth, case, AGAIN)):
+            runs = lab.runs(own, BP if method == AGAIN else method)  # the same gradient
+            accuracies = [run.final_accuracy for run in runs]
+            rows.append(_row(lab, case, kind, h, own, cost_of(lab, own, method), accuracies))
+            place = {name: rows[-1][name] for name in ("model", "kind", "h", "batch")}
+            pairs = zip(lab.seeds_of(case), accuracies, strict=True)
+            seeds += [{**place, "seed": seed, "accuracy": accuracy} for seed, accuracy in pairs]
     same = {
         case.name: lab.costs(case, [sliding(h, case.depth) for h in case.horizons], f"{NAME}/same-batch")
         for case in found
@@ -69,20 +70,40 @@ def run(lab: Lab, out: Path) -> Finding:
         for h in case.horizons
     ]
     _draw(found, rows, out / f"{NAME}.png")
-    words = "; ".join(f"{c.words}; {len(lab.seeds_of(c))} seeds; the batch is that of h = T" for c in found)
+    words = f"{lab.words(found)}; the batches named are those of h = T"
     places = "" if lab.scale == "paper" else " The small run has other cases than the paper's ResNet-50 and ViT-B/16."
     caption = (
         "Above: validation accuracy after the last epoch (lines: mean and deviation over the seeds) and peak memory "
-        "of a step (bars), with batches reciprocal to the horizon. Below: process time of forward and backward for "
-        f"one pass over the data.{places} {words}.{note}"
+        f"of a step (bars), with batches reciprocal to the horizon. Below: {lab.timed} of forward and backward for one "
+        f"pass over the data (bars: median of {TIMED_ROUNDS} steps, lines: their range). Checkpointed back-propagation "
+        f"has back-propagation's accuracy.{places} {words}.{note}"
     )
-    tables = write_table(out / f"{NAME}.csv", rows), write_table(out / f"{NAME}-same-batch.csv", memory)
+    tables = (
+        write_table(out / f"{NAME}.csv", rows),
+        write_table(out / f"{NAME}-seeds.csv", seeds),
+        write_table(out / f"{NAME}-same-batch.csv", memory),
+    )
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(found, rows, memory))
 
 
-def _row(lab: Lab, case: Case, kind: str, h: int, own: Case, cost: Any, accuracies: Sequence[float]) -> dict[str, Any]:
-    samples: Any = lab.data(case).training
-    steps = -(-len(samples) // own.batch)
+def cost_of(lab: Lab, own: Case, method: Method) -> Cost:
+    """What a step of a case with its batch costs."""
+    return lab.costs(own, [method], f"{NAME}/{method.name}")[method.name]
+
+
+def steps_of_a_pass(lab: Lab, own: Case) -> int:
+    """Batches in the training data."""
+    samples: Any = lab.data(own).training
+    return math.ceil(len(samples) / own.batch)
+
+
+def seconds_of_a_pass(lab: Lab, own: Case, cost: Cost) -> float:
+    """Forward and backward over all training data."""
+    return cost.median_seconds * steps_of_a_pass(lab, own)
+
+
+def _row(lab: Lab, case: Case, kind: str, h: int, own: Case, cost: Cost, accuracies: Sequence[float]) -> dict[str, Any]:
+    steps = steps_of_a_pass(lab, own)
     return {
         "model": case.name,
         "kind": kind,
@@ -91,7 +112,9 @@ def _row(lab: Lab, case: Case, kind: str, h: int, own: Case, cost: Any, accuraci
         "bytes": cost.bytes,
         "accuracy": statistics.fmean(accuracies),
         "accuracy_sd": spread(accuracies),
-        "seconds_per_pass": cost.median_seconds * steps,
+        "seconds_per_pass": seconds_of_a_pass(lab, own, cost),
+        "least": min(cost.seconds) * steps,
+        "most": max(cost.seconds) * steps,
     }
 
 
@@ -190,38 +213,46 @@ def _accuracy(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
 
 
 def _draw(found: Sequence[Case], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    made, axes = style.figure(2, len(found), 5.2 * len(found), 5.6)
+    made, axes = style.figure(2, len(found), 5.4 * len(found), 6)
     for column, case in enumerate(found):
         top, below = axes[:, column]
         beside = top.twinx()
-        _bars(beside, case, rows, "bytes", 2**20, "memory of a step (MiB)")
-        beside.set_ylim(0, 1.2 * beside.get_ylim()[1])
-        for kind, colour, mark in (("s = 1", "#3b6fb6", "o"), ("s = h", "#d98e2b", "s")):
+        _bars(beside, case, rows, "bytes", 2**20)
+        beside.set(ylabel="memory of a step (MiB)", ylim=(0, 1.25 * beside.get_ylim()[1]))
+        beside.spines["right"].set_visible(True)
+        for kind, colour, mark in (("s = 1", "#3b6fb6", "o"), ("s = h", style.APART, "s")):
             mine = _of(rows, case.name, kind)
             values, errors = [r["accuracy"] for r in mine], [r["accuracy_sd"] for r in mine]
-            top.errorbar(
-                [r["h"] for r in mine], values, errors, fmt=f"{mark}-", ms=5, capsize=2, color=colour, label=kind
-            )
-        top.set(ylabel="validation accuracy", ylim=(0, 1.18))
+            form = {"fmt": f"{mark}-", "ms": 5, "capsize": 2, "color": colour, "label": f"accuracy, {kind}"}
+            top.errorbar(_places(case, [r["h"] for r in mine]), values, errors, **form)
+        top.set(ylabel="validation accuracy", ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
         top.set_title(f"{case.name}: {case.title}")
         top.set_zorder(2)
         top.patch.set_visible(False)
-        style.legend(top, loc="upper left", ncols=2)
-        _bars(below, case, rows, "seconds_per_pass", 1, "process seconds for one pass")
-        below.set_ylim(0, 1.3 * below.get_ylim()[1])
+        style.legend(top, loc="upper left")
+        style.legend(beside, loc="upper right", title="memory", ncols=1)
+        _bars(below, case, rows, "seconds_per_pass", 1)
+        mine = [r for r in rows if r["model"] == case.name]
+        below.set(ylabel="seconds for one pass", ylim=(0, 1.3 * max(r["most"] for r in mine)))
         style.legend(below, loc="upper left", ncols=3)
         for panel in (top, below):
-            panel.set_xticks(case.horizons, [str(h) for h in case.horizons])
-            panel.set_xlabel("horizon h (the last is BP)")
+            names = [f"{h}{' (BP)' if h == case.depth else ''}\n{reciprocal(case, h).batch}" for h in case.horizons]
+            panel.set_xticks(range(len(names)), names)
+            panel.set_xlabel("horizon h, and its batch size below")
     style.save(made, path)
 
 
-def _bars(axes: Any, case: Case, rows: Sequence[dict[str, Any]], value: str, unit: float, label: str) -> None:
-    kinds = {"s = 1": ("#c9d7ea", -0.28), "s = h": ("#f3dcc0", 0.0), checkpointed(CHECKPOINT).name: ("#e2c3b8", 0.28)}
+def _places(case: Case, horizons: Sequence[int]) -> list[int]:
+    return [case.horizons.index(h) for h in horizons]
+
+
+def _bars(axes: Any, case: Case, rows: Sequence[dict[str, Any]], value: str, unit: float) -> None:
+    kinds = {"s = 1": ("#c9d7ea", -0.28), "s = h": ("#f3dcc0", 0.0), AGAIN.name: ("#e2c3b8", 0.28)}
     for kind, (colour, shift) in kinds.items():
         mine = _of(rows, case.name, kind)
-        places, sizes = [r["h"] + shift for r in mine], [r[value] / unit for r in mine]
+        places, sizes = [at + shift for at in _places(case, [r["h"] for r in mine])], [r[value] / unit for r in mine]
         axes.bar(places, sizes, 0.26, color=colour, label=kind, zorder=1)
-    axes.set(ylabel=label)
+        if value == "seconds_per_pass":
+            ends = [[r[value] - r["least"] for r in mine], [r["most"] - r[value] for r in mine]]
+            axes.errorbar(places, sizes, ends, fmt="none", ecolor="0.4", elinewidth=0.7, capsize=2)
     axes.grid(False)
-    axes.spines["right"].set_visible(value == "bytes")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from horizonplan.reproduce import style
 from horizonplan.reproduce.cases import Case
-from horizonplan.reproduce.fig3 import present, trained
+from horizonplan.reproduce.fig3 import AGAIN, cost_of, present, seconds_of_a_pass, trained
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY, Claim, Finding, judge, write_table
 from horizonplan.reproduce.lab import Lab
 
@@ -21,17 +21,23 @@ def run(lab: Lab, out: Path) -> Finding:
     """Read the runs of Figure 3, draw and judge."""
     found, note = present(lab)
     rows: list[dict[str, Any]] = []
+    passes: dict[tuple[str, str, int], float] = {}
     for case in found:
+        passes[case.name, AGAIN.name, case.depth] = seconds_of_a_pass(lab, case, cost_of(lab, case, AGAIN))
         for kind, h, own, method in trained(case):
+            passes[case.name, kind, h] = seconds_of_a_pass(lab, own, cost_of(lab, own, method))
             for seed, run in zip(lab.seeds_of(case), lab.runs(own, method), strict=True):
                 for epoch, (loss, held) in enumerate(zip(run.losses, run.validation, strict=True), 1):
                     place = {"model": case.name, "stride": kind, "h": h, "batch": own.batch, "seed": seed}
-                    rows.append({**place, "epoch": epoch, "loss": loss, "accuracy": held["accuracy"]})
-    _draw(found, rows, out / f"{NAME}.png")
-    words = "; ".join(f"{c.words}; {len(lab.seeds_of(c))} seeds" for c in found)
+                    time = {"seconds": epoch * passes[case.name, kind, h]}
+                    rows.append({**place, "epoch": epoch, **time, "loss": loss, "accuracy": held["accuracy"]})
+    _draw(found, rows, passes, out / f"{NAME}.png")
+    words = lab.words(found)
     caption = (
-        "The runs of Figure 3, batches reciprocal to the horizon. Above: training loss, below: validation accuracy "
-        f"of each epoch, means over the seeds; dashed: disjoint windows. {words}.{note}"
+        "The runs of Figure 3, batches reciprocal to the horizon. Training loss and validation accuracy of each epoch, "
+        f"mean and range over the seeds; below the loss over the time that it took ({lab.timed} of forward and "
+        "backward). Dashed: disjoint windows; dotted: checkpointed back-propagation, whose curves over epochs are "
+        f"back-propagation's. {words}.{note}"
     )
     return Finding(
         NAME, TITLE, caption, (f"{NAME}.png",), (write_table(out / f"{NAME}.csv", rows),), (_claim(found, rows),)
@@ -68,20 +74,43 @@ def _claim(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
     )
 
 
-def _draw(found: Sequence[Case], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    made, axes = style.figure(2, len(found), 5.2 * len(found), 5.6)
+def _draw(
+    found: Sequence[Case], rows: Sequence[dict[str, Any]], passes: Mapping[tuple[str, str, int], float], path: Path
+) -> None:
+    made, axes = style.figure(3, len(found), 5.4 * len(found), 9)
     for column, case in enumerate(found):
         colours = style.horizon_colours(case.horizons)
-        for panel, value in zip(axes[:, column], ("loss", "accuracy"), strict=True):
-            for kind, h, own, _ in trained(case):
-                values = [_mean(rows, case.name, kind, h, e, value) for e in range(1, case.epochs + 1)]
-                epochs = [e for e, v in enumerate(values, 1) if v is not None]
-                label = "BP" if h == case.depth else f"h = {h}" if kind == "s = 1" else f"h = s = {h}"
-                known = [v for v in values if v is not None]
-                options = {"color": colours[h], "ls": "-" if kind == "s = 1" else "--", "ms": 3, "marker": "o"}
-                panel.plot(epochs, known, label=f"{label} (batch {own.batch})", **options)
-            panel.set(xlabel="epoch", ylabel=f"training {value}" if value == "loss" else f"validation {value}")
-            panel.set_xticks(range(1, case.epochs + 1))
-        axes[0, column].set_title(f"{case.name}: {case.title}")
-        style.legend(axes[0, column], ncols=2, fontsize=6.5)
+        over_loss, over_accuracy, over_time = axes[:, column]
+        for kind, h, own, _ in trained(case):
+            form = {"color": colours[h], "ls": "-" if kind == "s = 1" else "--", "ms": 3, "marker": "o"}
+            name = "BP" if h == case.depth else f"h = {h}" if kind == "s = 1" else f"h = s = {h}"
+            for panel, value in ((over_loss, "loss"), (over_accuracy, "accuracy")):
+                epochs, means = _line(panel, case, rows, (kind, h, value), form, f"{name} (batch {own.batch})")
+                if value == "loss":
+                    over_time.plot([e * passes[case.name, kind, h] for e in epochs], means, label=name, **form)
+                if (value, h) == ("loss", case.depth):
+                    times = [e * passes[case.name, AGAIN.name, h] for e in epochs]
+                    over_time.plot(times, means, label=AGAIN.name, **{**form, "ls": ":"})
+        for panel in (over_loss, over_accuracy):
+            panel.set(xlabel="epoch", xticks=range(1, case.epochs + 1))
+        over_loss.set(ylabel="training loss")
+        over_accuracy.set(ylabel="validation accuracy")
+        over_time.set(ylabel="training loss", xlabel="seconds of forward and backward", xlim=(0, None))
+        over_loss.set_title(f"{case.name}: {case.title}")
+        style.legend(over_loss, ncols=2, fontsize=6.5)
+        style.legend(over_time, ncols=2, fontsize=6.5)
     style.save(made, path)
+
+
+def _line(
+    panel: Any, case: Case, rows: Sequence[dict[str, Any]], what: tuple[str, int, str], form: dict[str, Any], label: str
+) -> tuple[list[int], list[float]]:
+    """Draw a stride's and horizon's mean and range over the epochs that some seed has; returns epochs and means."""
+    kind, h, value = what
+    mine = [r for r in rows if (r["model"], r["stride"], r["h"]) == (case.name, kind, h)]
+    values = {epoch: [r[value] for r in mine if r["epoch"] == epoch] for epoch in sorted({r["epoch"] for r in mine})}
+    means = [statistics.fmean(found) for found in values.values()]
+    panel.plot(list(values), means, label=label, **form)
+    low, high = ([end(found) for found in values.values()] for end in (min, max))
+    panel.fill_between(list(values), low, high, color=form["color"], alpha=0.08, lw=0)
+    return list(values), means

@@ -72,13 +72,15 @@ def run(lab: Lab, out: Path) -> Finding:
         write_table(out / f"{NAME}-rates.csv", rates),
         write_table(out / f"{NAME}-best-horizons.csv", best),
     )
-    words = "; ".join(f"{lab.case(m).words}, {len(lab.seeds_of(lab.case(m)))} seeds" for m in MODELS)
+    words = lab.words([lab.case(model) for model in MODELS])
     caption = (
         "Rel (Eq. 19, 0 is the best, 1 the worst of the feasible answers), mean over the seeds; ×: infeasible in every "
         f"seed, after a number in some; an infeasible answer counts {INFEASIBLE:g}. O1: 1 - ε, ε = {_all(EPSILONS)}; "
         f"O2: λ = {_all(LAMBDAS)}. C1: linear cost, M0 the largest M(h); C2: ladder, M0 = {STEP_SHARE:g} of it. "
-        f"'{AGAIN}': the smaller memory of every block and every root of T. Below: means over a model's columns, "
-        "points are seeds. The second picture: the rate of each training run at stride 1 against cos² before training. "
+        f"'{AGAIN}': the smaller memory of every block and every root of T. Middle: means over a model's columns, "
+        f"points are seeds. Below: {lab.timed} of forward and backward over back-propagation's, which the paper does "
+        "not price (of the selection: the mean over its choices). The second picture: the rate of each training run at "
+        "stride 1 against cos² before training. "
         f"The algorithm measures at h = {_words_of_probes(lab)}; where its fit finds no feasible horizon, it takes the "
         "nearest. "
         f"{words}."
@@ -127,9 +129,11 @@ def scores(lab: Lab, mine: Bench, column: Column) -> list[dict[str, Any]]:
     chosen = sliding(selected, case.depth)
     methods = {**{method.name: method for method in FIXED}, SELECTED: chosen}
     found = {name: _rate(lab, mine, method) for name, method in methods.items()}
-    sizes = {name: _bytes(lab, mine, method) for name, method in methods.items()}
+    costs = {name: _cost(lab, mine, method) for name, method in methods.items()}
     found[AGAIN] = found[BP.name]  # the same gradient
-    sizes[AGAIN] = min(mine.costs[method.name].bytes for method in again(case.depth))
+    costs[AGAIN] = min((mine.costs[method.name] for method in again(case.depth)), key=lambda cost: cost.bytes)
+    sizes = {name: cost.bytes for name, cost in costs.items()}
+    times = {name: cost.median_seconds / mine.costs[BP.name].median_seconds for name, cost in costs.items()}
     values = {name: worth(column, found[name], sizes[name], mine.largest) for name in ORDER}
     rel = relative(values)
     return [
@@ -144,6 +148,7 @@ def scores(lab: Lab, mine: Bench, column: Column) -> list[dict[str, Any]]:
             "h": selected if name == SELECTED else "",
             "rate": found[name],
             "bytes": sizes[name],
+            "time/BP": times[name],
             "O": "" if values[name] is None else values[name],
             "Rel": rel[name],
         }
@@ -156,10 +161,10 @@ def _rate(lab: Lab, mine: Bench, method: Method) -> float:
     return rate(exact.initial_loss, lab.run(mine.case, method, mine.seed).final_loss, exact.final_loss)
 
 
-def _bytes(lab: Lab, mine: Bench, method: Method) -> int:
-    if method.name not in mine.costs:
-        return lab.costs(mine.case, [method], f"{NAME}-{method.name}")[method.name].bytes
-    return mine.costs[method.name].bytes
+def _cost(lab: Lab, mine: Bench, method: Method) -> Cost:
+    if method.name not in mine.costs:  # selected, in a network too deep to be measured everywhere
+        return lab.costs(mine.case, [method], f"{NAME}-{method.name}")[method.name]
+    return mine.costs[method.name]
 
 
 def _rates(lab: Lab, mine: Bench) -> list[dict[str, Any]]:
@@ -183,7 +188,7 @@ def _best(lab: Lab, mine: Bench, column: Column) -> dict[str, Any]:
     case, values = mine.case, {}
     for h in case.horizons:
         method = sliding(h, case.depth)
-        value = worth(column, _rate(lab, mine, method), _bytes(lab, mine, method), mine.largest)
+        value = worth(column, _rate(lab, mine, method), _cost(lab, mine, method).bytes, mine.largest)
         if value is not None:
             values[h] = value
     best = min(values, key=lambda h: (values[h], h))

@@ -10,30 +10,47 @@ from typing import Any
 
 from horizonplan.reproduce import style
 from horizonplan.reproduce.fig5_claims import mean, values
-from horizonplan.reproduce.methods import FF
-from horizonplan.reproduce.scoring import COLUMNS, INFEASIBLE, MODELS, ORDER, SELECTED
+from horizonplan.reproduce.methods import BP, FF, LOCO, LOCO_SUMMED
+from horizonplan.reproduce.scoring import AGAIN, APART, COLUMNS, INFEASIBLE, MODELS, ORDER, SELECTED
+
+COLOURS = {
+    BP.name: style.EXACT,
+    FF.name: "#8a5aa8",
+    **{method.name: colour for method, colour in zip(LOCO, ("#1f4e8c", "#4f86c6"), strict=True)},
+    **{method.name: colour for method, colour in zip(LOCO_SUMMED, ("#1f7a6d", "#63b8a8"), strict=True)},
+    **{method.name: colour for method, colour in zip(APART, ("#c9781c", "#ecb467"), strict=True)},
+    AGAIN: "#8c8c8c",
+    SELECTED: style.CHECKPOINTED,
+}
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The heat map over all columns, and under it the means over a model's columns."""
-    made, axes = style.figure(2, 1, 11, 7.4)
-    top, below = axes[:, 0]
-    _heat_map(made, top, rows)
-    colours = {**dict(zip(ORDER, style.shades(len(ORDER)), strict=True)), SELECTED: style.CHECKPOINTED}
-    groups = [*((f"{model}", {"model": model}) for model in MODELS), ("all", {})]
+    """The heat map over all columns, under it the means over a model's columns, and the time of a step."""
+    made, axes = style.figure(3, 1, 11, 9.6, height_ratios=(4, 3, 2))
+    _heat_map(made, axes[0, 0], rows)
+    groups = [*((model, {"model": model}) for model in MODELS), ("all", {})]
+    _bars(axes[1, 0], rows, groups, "Rel", "mean Rel")
+    _bars(axes[2, 0], rows, groups[:-1], "time/BP", "time / time of BP")
+    axes[2, 0].axhline(1, color="0.6", lw=0.8, zorder=0)
+    style.legend(axes[2, 0], ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    style.save(made, path)
+
+
+def _bars(
+    panel: Any, rows: Sequence[dict[str, Any]], groups: Sequence[tuple[str, dict[str, Any]]], value: str, label: str
+) -> None:
+    """The mean of each algorithm in each group of rows, a point for each seed."""
     for place, (_, wanted) in enumerate(groups):
+        mine = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+        seeds = sorted({r["seed"] for r in mine})
         for number, name in enumerate(ORDER):
             x = place + (number - (len(ORDER) - 1) / 2) * 0.085
-            below.bar(
-                x, mean(rows, name, **wanted), 0.078, color=colours[name], label=_label(name) if place == 0 else None
-            )
-            seeds = sorted({r["seed"] for r in rows if all(r[k] == v for k, v in wanted.items())})
-            points = [mean(rows, name, seed=seed, **wanted) for seed in seeds]
-            below.plot([x] * len(points), points, ".", ms=2.5, color="0.1")
-    below.set_xticks(range(len(groups)), [f"mean, {name}" for name, _ in groups])
-    below.set(ylabel="mean Rel", xlim=(-0.5, len(groups) - 0.5))
-    style.legend(below, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    style.save(made, path)
+            own = {seed: [r[value] for r in mine if (r["algorithm"], r["seed"]) == (name, seed)] for seed in seeds}
+            middle = statistics.fmean(v for found in own.values() for v in found)
+            panel.bar(x, middle, 0.078, color=COLOURS[name], label=_label(name) if place == 0 else None)
+            panel.plot([x] * len(seeds), list(map(statistics.fmean, own.values())), ".", ms=2.5, color="0.1")
+    panel.set_xticks(range(len(groups)), [f"mean, {name}" for name, _ in groups])
+    panel.set(ylabel=label, xlim=(-0.5, len(groups) - 0.5))
 
 
 def _label(name: str) -> str:
@@ -48,7 +65,7 @@ def _heat_map(made: Any, axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         for j, column in enumerate(COLUMNS):
             missed = statistics.fmean(v == INFEASIBLE for v in values(rows, name, column=column.name))
             text = "×" if missed == 1 else f"{grid[i][j]:.2f}" + ("×" if missed else "")
-            axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if grid[i][j] > 0.8 else "0.15")
+            axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if grid[i][j] > 0.8 else "0.15")
     labels = [f"{c.cost} {c.objective}\n{'ε' if c.objective == 'O1' else 'λ'}={c.parameter:g}" for c in COLUMNS]
     axes.set_xticks(range(len(COLUMNS)), labels, fontsize=6.5)
     axes.set_yticks(range(len(ORDER)), map(_label, ORDER))

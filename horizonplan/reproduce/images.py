@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,44 +12,44 @@ from torch.utils.data import TensorDataset
 from horizonplan.datasets import mnist5k
 from horizonplan.reproduce import cifar
 
-
-@dataclass(frozen=True)
-class Images:
-    """Training and test images, and what they are, in words.
-
-    Attributes:
-        training: images ``(N, 3, 32, 32)`` and labels ``(N,)``.
-        test: likewise.
-        classes: how many.
-        words: for captions.
-    """
-
-    training: TensorDataset
-    test: TensorDataset
-    classes: int
-    words: str
+DIGITS = 5_000  # of MNIST, training and test images together
 
 
-def images(folder: Path | None, classes: int, training: int | None = None, test: int | None = None) -> Images:
+def images(folder: Path | None, classes: int, training: int, test: int) -> tuple[TensorDataset, TensorDataset]:
     """CIFAR from a folder, or digits of MNIST where there is no folder (10 classes only).
 
     Args:
         folder: of the user's CIFAR; ``None``: MNIST, 28 x 28 pixels with a border of 2 and three equal channels.
         classes: 10 or 100.
-        training: how many training images, the first ones of a shuffled order; ``None``: all.
+        training: how many training images, the first ones of a shuffled order.
         test: likewise.
 
+    Returns:
+        Training and test part, each images float32 ``(N, 3, 32, 32)`` and labels int64 ``(N,)``.
+
     Raises:
-        CifarError: the folder has no CIFAR, or there is no folder and 100 classes are wanted.
+        CifarError: the folder has no CIFAR or fewer images, or there is no folder and 100 classes are wanted.
     """
     if folder is not None:
-        parts, name = cifar.load(folder, classes), f"CIFAR-{classes}"
+        parts = cifar.load(folder, classes)
     elif classes == 10:
-        parts, name = _digits(), "MNIST digits padded to 3 x 32 x 32 (no CIFAR was given)"
+        parts = _digits()
     else:
         raise cifar.CifarError(f"data: CIFAR-{classes} is needed; give the folder that it lies in, --data FOLDER.")
-    (x, y), (u, v) = (_some(pair, count) for pair, count in zip(parts, (training, test), strict=True))
-    return Images(TensorDataset(x, y), TensorDataset(u, v), classes, f"{len(x):,} {name}")
+    for (x, _), wanted, part in zip(parts, (training, test), ("training", "test"), strict=True):
+        if len(x) < wanted:
+            raise cifar.CifarError(
+                f"data={str(folder)!r}: {len(x):,} {part} images of {wanted:,} are there; unpack the whole archive."
+            )
+    some, held = (TensorDataset(*_some(pair, count)) for pair, count in zip(parts, (training, test), strict=True))
+    return some, held
+
+
+def source(folder: Path | None, classes: int) -> str:
+    """What :func:`images` gives, in words, without reading it."""
+    if folder is not None:
+        return f"of CIFAR-{classes}"
+    return f"of {DIGITS:,} real MNIST digits, padded to 3 x 32 x 32 (no CIFAR was given)"
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -61,7 +60,7 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (x, y), (u, v)
 
 
-def _some(pair: tuple[Tensor, Tensor], count: int | None) -> tuple[Tensor, Tensor]:
+def _some(pair: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     pixels, labels = pair
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
     return pixels[order].contiguous(), labels[order]

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from horizonplan.batch import move
 from horizonplan.chain import Chain
 from horizonplan.probes.memory import step
+from horizonplan.probes.seconds import now
 from horizonplan.probes.steady import make_state, restored, standing_bytes
 from horizonplan.probes.tracker import Flops, LiveBytes
 from horizonplan.reproduce.cases import Case, Data, Scale, Sources, cases
@@ -57,6 +58,15 @@ class Lab:
     def case(self, name: str) -> Case:
         """A case by its name."""
         return self._cases[name]
+
+    @property
+    def timed(self) -> str:
+        """What :func:`clock` tells on this device, in words."""
+        return "wall time" if self.device.type == "cuda" else "process time"
+
+    def words(self, cases: Sequence[Case]) -> str:
+        """The cases, their training and their seeds, for captions."""
+        return "; ".join(f"{case.words}, seeds: {len(self.seeds_of(case))}" for case in cases)
 
     def seeds_of(self, case: Case) -> range:
         """The seeds that a case is run with."""
@@ -156,9 +166,9 @@ class Lab:
             seconds: dict[str, list[float]] = {method.name: [] for method in methods}
             for _ in range(TIMED_ROUNDS):  # in turn, so that a slow moment of the machine strikes all alike
                 for method in methods:
-                    began = time.process_time()
+                    began = clock(chain)
                     method.algorithm.backward(chain, batch)
-                    seconds[method.name].append(time.process_time() - began)
+                    seconds[method.name].append(clock(chain) - began)
                     optimizer.zero_grad(set_to_none=True)
         return {name: {**values, "seconds": seconds[name]} for name, values in found.items()}
 
@@ -198,7 +208,7 @@ class Cost:
         bytes: its peak at steady state: parameters, optimiser state, batch, activations, gradients.
         flops: of forward and backward, the heads' included.
         units: in forwards of a linear layer (heads not counted).
-        seconds: process time of forward and backward, once a round.
+        seconds: of forward and backward by :func:`clock`, once a round.
     """
 
     bytes: int
@@ -210,6 +220,11 @@ class Cost:
     def median_seconds(self) -> float:
         """The median over the rounds."""
         return statistics.median(self.seconds)
+
+
+def clock(chain: Chain) -> float:
+    """Process time, which other work on the machine hardly touches; on CUDA the wall clock, once the device is done."""
+    return now(chain) if chain.device.type == "cuda" else time.process_time()
 
 
 def one_step(chain: Chain, batch: Any, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

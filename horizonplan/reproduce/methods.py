@@ -41,6 +41,11 @@ def disjoint(horizon: int) -> Method:
     return Method(f"h=s={horizon}", Horizon(horizon, horizon))
 
 
+def checkpoints(depth: int) -> list[int]:
+    """How often to checkpoint: every block, and every root of T."""
+    return sorted({1, round(depth**0.5)})
+
+
 def checkpointed(every: int) -> Method:
     """Back-propagation's gradient, activations recomputed every so many blocks."""
     return Method(f"BP, checkpoint every {every}", BackPropagation(every))

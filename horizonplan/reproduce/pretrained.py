@@ -49,7 +49,7 @@ def resnet50(folder: Path | None) -> nn.Module:
         WeightsError: the folder is not given or has no such weights.
         ImportError: transformers is not installed.
     """
-    return Enlarged(_load(folder, RESNET))
+    return in_full(_load(folder, RESNET))
 
 
 def vit(folder: Path | None) -> nn.Module:
@@ -59,8 +59,21 @@ def vit(folder: Path | None) -> nn.Module:
         WeightsError: the folder is not given or has no such weights.
         ImportError: transformers or peft is not installed.
     """
-    model = _load(folder, VIT)
-    return Enlarged(with_lora(model, trained=["classifier"]))
+    return by_adapters(_load(folder, VIT))
+
+
+def in_full(classifier: nn.Module) -> nn.Module:
+    """A classifier of Hugging Face's for small images, all of it to be trained."""
+    return Enlarged(classifier)
+
+
+def by_adapters(classifier: nn.Module) -> nn.Module:
+    """A classifier of Hugging Face's for small images, frozen but for LoRA and its head.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    return Enlarged(with_lora(classifier, trained=["classifier"]))
 
 
 def with_lora(model: nn.Module, trained: list[str]) -> nn.Module:

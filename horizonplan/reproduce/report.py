@@ -43,6 +43,30 @@ def write_report(folder: Path, findings: Sequence[Finding], facts: Mapping[str, 
     return path
 
 
+def write_claims(folder: Path, findings: Sequence[Finding]) -> Path:
+    """Write ``claims.md`` into a folder: the claims, verdicts and figures as a table in Markdown.
+
+    Args:
+        folder: of the run.
+        findings: in the order of the table.
+
+    Returns:
+        The table's path.
+    """
+    rows = [
+        "| " + " | ".join(_in_a_cell(text) for text in (found.name, claim.says, claim.verdict, claim.found)) + " |"
+        for found in findings
+        for claim in found.claims
+    ]
+    path = folder / "claims.md"
+    write(path, "\n".join(["| where | claim | verdict | figures |", "|---|---|---|---|", *rows, ""]).encode())
+    return path
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
 def page(findings: Sequence[Finding], facts: Mapping[str, str], pictures: Mapping[str, bytes]) -> str:
     """The page as HTML."""
     claims = [claim for found in findings for claim in found.claims]

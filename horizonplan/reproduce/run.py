@@ -16,7 +16,7 @@ from horizonplan.reproduce.cases import SCALES, Scale, Sources
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import Finding
 from horizonplan.reproduce.lab import Lab
-from horizonplan.reproduce.report import write_report
+from horizonplan.reproduce.report import write_claims, write_report
 from horizonplan.training.files import write
 
 MODULES: tuple[Any, ...] = (theorem, e1, fig2, e2, fig3, fig4, fig5)
@@ -74,6 +74,7 @@ def reproduce(
             found.append(module.run(lab, folder))
         found[-1].save(folder)
     write_report(folder, _all(folder), _facts(lab))
+    write_claims(folder, _all(folder))
     return found
 
 
@@ -132,15 +133,17 @@ def _all(folder: Path) -> list[Finding]:
 
 
 def _facts(lab: Lab) -> dict[str, str]:
-    minutes = sum(lab.cells.seconds.values()) / 60
+    seconds = lab.cells.seconds()
     seeds = "as many as each case has (see the captions)" if lab.seeds is None else str(lab.seeds)
     return {
         "scale": lab.scale,
         "seeds": seeds,
-        "this run": (
-            f"{len(lab.cells.seconds)} cells, {lab.cells.computed} of them computed by the last call; all together "
-            f"{minutes:.1f} minutes of process time when they were computed"
+        "finished": (
+            f"{len(seconds)} cells, {lab.cells.computed} of them computed by the last call; all together "
+            f"{sum(seconds) / 60:.1f} minutes of process time when they were computed"
         ),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, on {lab.device}",
+        "page written on": (
+            f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, device {lab.device}"
+        ),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
     }

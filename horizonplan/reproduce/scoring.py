@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from horizonplan.cost import Cost as Price
 from horizonplan.cost import LadderCost, LinearCost
 from horizonplan.objective import AccuracyConstraint, Objective, Weighted
-from horizonplan.reproduce.methods import BP, FF, LOCO, LOCO_SUMMED, Method, checkpointed, disjoint
+from horizonplan.reproduce.methods import BP, FF, LOCO, LOCO_SUMMED, Method, checkpointed, checkpoints, disjoint
 
 MODELS = ("M1", "M2", "M3")
 EPSILONS, LAMBDAS = (0.1, 0.3), (0.1, 0.5)
@@ -82,4 +82,4 @@ def worth(column: Column, found: float, memory: int, largest: int) -> float | No
 
 def again(depth: int) -> list[Method]:
     """Back-propagation with activation checkpointing every block, and every root of T."""
-    return [checkpointed(every) for every in sorted({1, round(depth**0.5)})]
+    return [checkpointed(every) for every in checkpoints(depth)]

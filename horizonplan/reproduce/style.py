@@ -10,9 +10,9 @@ from typing import Any
 from horizonplan.training.files import write
 
 INK, PALE = "#222222", "#d5dbe3"
-EXACT, CHECKPOINTED = "#111111", "#b5482a"
+EXACT, CHECKPOINTED, APART = "#111111", "#b5482a", "#d98e2b"
 MODELS = {"M1": "#3b6fb6", "M2": "#d98e2b", "M3": "#3f9b6c"}
-FEW_POWERS = 50  # of a logarithmic axis' ends
+FEW_POWERS, FEW_TICKS = 50, 5  # ratios of a logarithmic axis' ends
 SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -40,12 +40,12 @@ def applied() -> AbstractContextManager[None]:
     return rc_context(SETTINGS)
 
 
-def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes as an array of ``(rows, columns)``; sizes in inches."""
+def figure(rows: int, columns: int, width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """A figure and its axes as an array of ``(rows, columns)``; sizes in inches, ``grid`` as for ``subplots``."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
-    return made, made.subplots(rows, columns, squeeze=False)
+    return made, made.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
 
 
 def save(made: Any, path: Path) -> str:
@@ -71,7 +71,8 @@ def log_ticks(axes: Any) -> None:
     axes.yaxis.set_minor_formatter("")
     low, high = axes.get_ylim()
     if high / low < FEW_POWERS:
-        marks = [m * 10**power for power in (-3, -2, -1, 0) for m in (1, 2, 5) if low < m * 10**power < high]
+        digits = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7) if high / low < FEW_TICKS else (1, 2, 5)
+        marks = [m * 10**power for power in (-3, -2, -1, 0) for m in digits if low < m * 10**power < high]
         axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
 
 
