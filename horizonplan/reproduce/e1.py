@@ -20,7 +20,7 @@ from horizonplan.probes.tracker import LiveBytes
 from horizonplan.reproduce import style
 from horizonplan.reproduce.cases import Case, Data, full_m3
 from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY, Claim, Finding, judge, write_table
-from horizonplan.reproduce.lab import TIMED_ROUNDS, Cost, Lab, optimizer_of
+from horizonplan.reproduce.lab import ROUNDS, Cost, Lab, optimizer_of
 from horizonplan.reproduce.methods import BP, checkpointed, checkpoints, disjoint, sliding
 from horizonplan.reproduce.numbers import line
 from horizonplan.reproduce.static import static_backward
@@ -78,7 +78,7 @@ def run(lab: Lab, out: Path) -> Finding:
     caption = (
         "Peak bytes of one training step (parameters, optimiser state and batch included) over those of "
         "back-propagation, against h/T: one window at a time (left), all windows at once, the paper's static mode "
-        f"(middle). Right: {lab.timed} of forward and backward over back-propagation's, median of {TIMED_ROUNDS} "
+        f"(middle). Right: {lab.timed} of forward and backward over back-propagation's, median of at least {ROUNDS} "
         "rounds in turn, bars: their range. Dashed: disjoint windows, s = h. Stars and crosses: back-propagation with "
         "activation checkpointing every block, and every root of T blocks. One batch and one set of weights, as a "
         f"step's bytes do not depend on them. {words}."
@@ -222,7 +222,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for row, star in zip(exact, CHECKPOINT_MARKS, strict=False):
             for panel, value in ((eager, "bytes/BP"), (seconds, "seconds/BP")):
                 panel.plot(
-                    row["h/T"], row[value], star, ms=8, color=style.MODELS[model], mec="white", mew=0.5, zorder=5,
+                    row["h/T"], row[value], star, ms=10, color=style.MODELS[model], mec="white", mew=0.5, zorder=5,
                     clip_on=False,
                 )  # fmt: skip
         mine = _of(rows, model, "all windows at once")
@@ -230,13 +230,13 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for panel in (eager, seconds):
         panel.plot([], [], "--", color="0.4", label="disjoint, s = h")
         for star, every in zip(CHECKPOINT_MARKS, ("block", "√T blocks"), strict=True):
-            panel.plot([], [], star, ms=8, color="0.4", label=f"BP, checkpoint every {every}")
+            panel.plot([], [], star, ms=10, color="0.4", label=f"BP, checkpoint every {every}")
     for panel in axes[0]:
         panel.axhline(1, color="0.6", lw=0.8, zorder=0)
         panel.set(xlabel="h / T", ylim=(0, None), xlim=(0, 1.04))
     style.legend(eager, loc="lower center", bbox_to_anchor=(0.6, 0))
     style.legend(static, loc="lower center")
-    seconds.set_ylim(0, 1.5 * seconds.get_ylim()[1])
+    seconds.set_ylim(0, 1.4 * seconds.get_ylim()[1])
     style.legend(seconds, loc="upper right")
     eager.set(title="one window at a time (eager)", ylabel="memory / memory of BP")
     static.set(title="all windows at once (static)", ylabel="memory / memory of BP")

@@ -16,7 +16,7 @@ from typing import Any
 from horizonplan.reproduce import style, verses
 from horizonplan.reproduce.cases import Case, fine_tuning
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY, Claim, Finding, judge, write_table
-from horizonplan.reproduce.lab import TIMED_ROUNDS, Cost, Lab, with_batch
+from horizonplan.reproduce.lab import ROUNDS, Cost, Lab, with_batch
 from horizonplan.reproduce.methods import BP, Method, checkpointed, disjoint, sliding
 from horizonplan.reproduce.numbers import line, spread
 
@@ -75,8 +75,8 @@ def run(lab: Lab, out: Path) -> Finding:
     caption = (
         "Above: validation accuracy after the last epoch (lines: mean and deviation over the seeds) and peak memory "
         f"of a step (bars), with batches reciprocal to the horizon. Below: {lab.timed} of forward and backward for one "
-        f"pass over the data (bars: median of {TIMED_ROUNDS} steps, lines: their range). Checkpointed back-propagation "
-        f"has back-propagation's accuracy.{places} {words}.{note}"
+        f"pass over the data (bars: median of at least {ROUNDS} steps, lines: their range). Checkpointed "
+        f"back-propagation has back-propagation's accuracy.{places} {words}.{note}"
     )
     tables = (
         write_table(out / f"{NAME}.csv", rows),
@@ -218,19 +218,20 @@ def _draw(found: Sequence[Case], rows: Sequence[dict[str, Any]], path: Path) -> 
         top, below = axes[:, column]
         beside = top.twinx()
         _bars(beside, case, rows, "bytes", 2**20)
-        beside.set(ylabel="memory of a step (MiB)", ylim=(0, 1.25 * beside.get_ylim()[1]))
+        beside.set(ylabel="memory of a step (MiB)", ylim=(0, 1.35 * beside.get_ylim()[1]))
         beside.spines["right"].set_visible(True)
         for kind, colour, mark in (("s = 1", "#3b6fb6", "o"), ("s = h", style.APART, "s")):
             mine = _of(rows, case.name, kind)
             values, errors = [r["accuracy"] for r in mine], [r["accuracy_sd"] for r in mine]
             form = {"fmt": f"{mark}-", "ms": 5, "capsize": 2, "color": colour, "label": f"accuracy, {kind}"}
             top.errorbar(_places(case, [r["h"] for r in mine]), values, errors, **form)
-        top.set(ylabel="validation accuracy", ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+        top.set(ylabel="validation accuracy", ylim=(0, 1.35), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
         top.set_title(f"{case.name}: {case.title}")
         top.set_zorder(2)
         top.patch.set_visible(False)
-        style.legend(top, loc="upper left")
-        style.legend(beside, loc="upper right", title="memory", ncols=1)
+        lines, bars = top.get_legend_handles_labels(), beside.get_legend_handles_labels()
+        names = [*lines[1], *(f"memory, {name}" for name in bars[1])]
+        style.legend(top, handles=[*lines[0], *bars[0]], labels=names, loc="upper left", ncols=2)
         _bars(below, case, rows, "seconds_per_pass", 1)
         mine = [r for r in rows if r["model"] == case.name]
         below.set(ylabel="seconds for one pass", ylim=(0, 1.3 * max(r["most"] for r in mine)))

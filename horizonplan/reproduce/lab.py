@@ -29,7 +29,7 @@ from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.methods import Method
 from horizonplan.training import Callback, DecayOnGrowth, train
 
-TIMED_ROUNDS = 5
+ROUNDS, SECONDS = 5, 3.0  # steps are timed in so many rounds, and in more until so much time has passed
 VALIDATION_BATCH = 250
 
 
@@ -112,13 +112,14 @@ class Lab:
 
     def costs(self, case: Case, methods: Sequence[Method], name: str = "costs") -> dict[str, Cost]:
         """What one step of each method costs, on one batch and the weights of seed 0 (a cell)."""
-        settings = {**case.settings, "methods": [str(method.schedule(case.depth)) for method in methods]}
+        names = [str(method.schedule(case.depth)) for method in methods]
+        settings = {**case.settings, "methods": names, "rounds": ROUNDS, "seconds": SECONDS}
         found = self.cells.get(f"{name}/{case.name}/batch-{case.batch}", settings, lambda: self._costs(case, methods))
         return {method: Cost(**values) for method, values in found.items()}
 
     def _train(self, case: Case, method: Method, seed: int) -> dict[str, Any]:
         model, kept = self.model(case, seed), _Kept()
-        initial = self._initial_loss(case, model)
+        initial = self._initial_loss(case, model, seed)
         stopped = None
         try:
             train(
@@ -140,11 +141,12 @@ class Lab:
             stopped = str(error)
         return {"initial_loss": initial, **kept.found(), "stopped": stopped}
 
-    def _initial_loss(self, case: Case, model: nn.Module) -> float:
+    def _initial_loss(self, case: Case, model: nn.Module, seed: int) -> float:
         """The mean loss over the training data before the first step, the network in training mode."""
         twin = copy.deepcopy(model).train()
         losses, sizes = [], []
         with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
             chain = None
             for batch in DataLoader(self.data(case).training, case.batch):
                 here = move(batch, self.device)
@@ -163,13 +165,7 @@ class Lab:
             make_state(optimizer)
             for method in methods:
                 found[method.name] = one_step(chain, batch, method, optimizer)
-            seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-            for _ in range(TIMED_ROUNDS):  # in turn, so that a slow moment of the machine strikes all alike
-                for method in methods:
-                    began = clock(chain)
-                    method.algorithm.backward(chain, batch)
-                    seconds[method.name].append(clock(chain) - began)
-                    optimizer.zero_grad(set_to_none=True)
+            seconds = in_turn(chain, batch, methods, optimizer)
         return {name: {**values, "seconds": seconds[name]} for name, values in found.items()}
 
 
@@ -227,14 +223,28 @@ def clock(chain: Chain) -> float:
     return now(chain) if chain.device.type == "cuda" else time.process_time()
 
 
+def in_turn(
+    chain: Chain, batch: Any, methods: Sequence[Method], optimizer: torch.optim.Optimizer
+) -> dict[str, list[float]]:
+    """Seconds of forward and backward, in turn, so that a slow moment of the machine strikes all alike."""
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
+    while len(seconds[methods[0].name]) < ROUNDS or sum(map(sum, seconds.values())) < SECONDS:
+        for method in methods:
+            began = clock(chain)
+            method.algorithm.backward(chain, batch)
+            seconds[method.name].append(clock(chain) - began)
+            optimizer.zero_grad(set_to_none=True)
+    return seconds
+
+
 def one_step(chain: Chain, batch: Any, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Peak bytes, FLOPs and units of one step."""
+    """Peak bytes, FLOPs and units of one step; what the first step of all allocates does not count."""
     schedule = method.schedule(chain.depth)
+    with Flops() as counter:
+        step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     with LiveBytes() as tracker:
-        step(chain, batch, schedule, optimizer)
-    with Flops() as counter:
         step(chain, batch, schedule, optimizer)
     optimizer.zero_grad(set_to_none=True)
     return {"bytes": base + tracker.peak, "flops": counter.total, "units": schedule.units(stem_trains=True)}

@@ -185,7 +185,7 @@ def _draw(rows: Sequence[dict[str, Any]], powers: Sequence[dict[str, Any]], path
     axes[0, 2].set_xscale("log", base=2)
     axes[0, 2].set_xticks(DEPTHS, map(str, DEPTHS))
     axes[0, 2].set(title="fitted power (stride 1)", xlabel="depth T", ylabel="power of 1 - h/T", ylim=(0, ORDER + 0.5))
-    style.legend(axes[0, 2], loc="lower right")
+    style.legend(axes[0, 2], loc="lower right", handlelength=3)
     style.save(made, path)
 
 
