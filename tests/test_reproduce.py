@@ -1,80 +1,28 @@
-"""``horizonplan reproduce`` in miniature: experiments against slow transcriptions, resuming, the page, arguments."""
+"""``horizonplan reproduce``: each experiment in miniature, against slow transcriptions."""
 
-import ast
-import json
 import math
-import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from miniature import make_lab, shrink
 from torch import nn
-from typer.testing import CliRunner
 
 import horizonplan as hp
-from horizonplan.cli import app
-from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
+from horizonplan.models import ResidualCNN, ResidualLinear
 from horizonplan.objective import AccuracyConstraint, Weighted
-from horizonplan.reproduce import (
-    EXPERIMENTS,
-    Claim,
-    Finding,
-    Sources,
-    cases,
-    e1,
-    reproduce,
-    scoring,
-    selection,
-    theorem,
-)
-from horizonplan.reproduce import lab as lab_module
-from horizonplan.reproduce.cells import Cells
-from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY
-from horizonplan.reproduce.lab import Lab
+from horizonplan.reproduce import e1, fig2, fig3, scoring, selection, theorem
+from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY
 from horizonplan.reproduce.methods import BP, disjoint, sliding
 from horizonplan.reproduce.numbers import line, log_line, ranks, rate
-from horizonplan.reproduce.report import page
 from horizonplan.reproduce.static import static_backward
-
-SOURCE = Path(__file__).parents[1] / "horizonplan" / "reproduce"
-ALL_CASES = cases.cases
-
-
-def tiny_cases(scale, sources):
-    """The small cases with fewer blocks, samples and epochs."""
-    found = ALL_CASES("small", sources)
-    sizes = {"horizons": (1, 2, 3, 5, 6), "disjoint": (2, 3, 5), "epochs": 2, "seeds": 1}
-    m1 = replace(found["M1"], make=lambda: ResidualLinear(10, 10, 10, 6), sizes="tiny", batch=500, **sizes)
-    m2 = replace(found["M2"], make=lambda: ResidualMLP(1, 10, 4, 6), sizes="tiny", batch=500, **sizes)
-    m2 = replace(m2, learning_rate=0.01)
-
-    def few():
-        generator = torch.Generator().manual_seed(0)
-        parts = [torch.randn(n, 3, 8, 8, generator=generator) for n in (24, 12)]
-        return cases.Data(*(torch.utils.data.TensorDataset(x, torch.arange(len(x)) % 10) for x in parts), "noise")
-
-    m3 = replace(found["M3"], make=lambda: ResidualCNN(3, (2, 4), 3), data=few, sizes="tiny", batch=8, **sizes)
-    cnn = replace(m3, name="CNN", horizons=(1, 3, 6), disjoint=(3,))
-    return {case.name: case for case in (m1, m2, m3, cnn, found["MiniLM"])}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Everything in miniature."""
-    monkeypatch.setattr(lab_module, "cases", tiny_cases)
-    monkeypatch.setattr(e1, "full_m3", lambda: replace(tiny_cases("small", Sources())["M3"], name="M3"))
-    monkeypatch.setattr(e1, "GRID", (1, 2, 3, 5, 6))
-    monkeypatch.setattr(e1, "IMAGES", 2)
-    monkeypatch.setattr(theorem, "DEPTHS", (32, 128))
-    monkeypatch.setattr(theorem, "SEEDS", 2)
-
-
-def make_lab(folder, **options):
-    return Lab("small", Sources(text=folder), Cells(folder, lambda line: None), **options)
+    shrink(monkeypatch)
 
 
 # The paper's definitions
@@ -249,57 +197,125 @@ def test_lines_ranks_and_rates():
     assert rate(1.0, math.inf, 0.01) == -math.inf
 
 
-# Cells
+# Training runs and costs
 
 
-def test_cell_is_computed_once_and_again_for_other_settings(tmp_path):
-    cells = Cells(tmp_path, lambda line: None)
-    for settings, wanted in (({"n": 1}, 1), ({"n": 1}, 1), ({"n": 2}, 2)):
-        assert cells.get("a/b", settings, lambda wanted=wanted: wanted) == wanted
-    assert (cells.computed, cells.found) == (2, 1)
+def slow_gradients(model, batch, loss, ends):
+    """By autograd, block by block: the loss at the end of each block's window, its input held constant."""
+    blocks = list(model.blocks)
+    with torch.no_grad():
+        states = [model.stem(batch[0])]
+        for block in blocks:
+            states.append(block(states[-1]))
+    found = []
+    for t, end in enumerate(ends):
+        x = states[t]
+        for block in blocks[t:end]:
+            x = block(x)
+        found.append(torch.autograd.grad(loss(model.head(x), batch[1]), list(blocks[t].parameters())))
+    return found
 
 
-def test_cell_that_fails_leaves_nothing_and_a_broken_file_is_not_believed(tmp_path):
-    cells = Cells(tmp_path, lambda line: None)
-    with pytest.raises(KeyError):
-        cells.get("a", {}, lambda: {}["missing"])
-    assert not list(tmp_path.rglob("*"))
-    (tmp_path / "a.json").write_text('{"value": 3')
-    assert cells.get("a", {}, lambda: 4) == 4
-    assert json.loads((tmp_path / "a.json").read_text())["value"] == 4
+@pytest.mark.parametrize("stride", ["s = 1", "s = h"])
+def test_angles_of_figure_2_against_autograd(tiny, tmp_path, stride):
+    lab = make_lab(tmp_path)
+    case = replace(lab.case("M2"), epochs=1)
+    rows = fig2.angles(lab, case, seed=1)
+    model, batches = lab.model(case, 1), lab.batches(case, 1, fig2.BATCHES)
+    mine = {r["h"]: r["1-cos"] for r in rows if (r["stride"], r["epoch"]) == (stride, 0)}
+    assert list(mine) == ([1, 2, 3, 4, 5] if stride == "s = 1" else [2, 3, 4, 5])
+    for h, found in mine.items():
+        s = 1 if stride == "s = 1" else h
+        cosines = []
+        for batch in batches:
+            g, exact = (
+                torch.cat([p.flatten() for own in slow_gradients(model, batch, case.loss, ends) for p in own])
+                for ends in ([min(t // s * s + h, 6) for t in range(6)], [6] * 6)
+            )
+            cosines.append(torch.nn.functional.cosine_similarity(g, exact, dim=0).item())
+        assert found == pytest.approx(1 - sum(cosines) / len(cosines), rel=1e-3, abs=1e-6)
 
 
-# The whole, in miniature
+def test_a_run_of_figure_e2_against_a_loop_by_hand(tiny, tmp_path):
+    """Losses of each epoch with h = 2, the learning rate multiplied by .9 after an epoch whose loss grew."""
+    lab = make_lab(tmp_path)
+    case = replace(lab.case("M1"), learning_rate=0.4, epochs=6, batch=250)
+    found = lab.run(case, sliding(2, 6), 0)
+    model, loader, lr, losses = lab.model(case, 0), lab.loader(case, 0), case.learning_rate, []
+    for _ in range(case.epochs):
+        sums = 0.0
+        for x, y in loader:
+            inner = slow_gradients(model, (x, y), case.loss, [2, 3, 4, 5, 6, 6])
+            stem = torch.autograd.grad(case.loss(model.head(first_two(model, x)), y), list(model.stem.parameters()))
+            whole = case.loss(model(x), y)
+            head = torch.autograd.grad(whole, list(model.head.parameters()))
+            sums += whole.item() * len(x)
+            parts = [(model.stem, stem), *zip(model.blocks, inner, strict=True), (model.head, head)]
+            with torch.no_grad():
+                for module, gradients in parts:
+                    for p, g in zip(module.parameters(), gradients, strict=True):
+                        p -= lr * g
+        losses.append(sums / 2000)
+        lr *= 0.9 if len(losses) > 1 and losses[-1] > losses[-2] else 1
+    assert found.losses == pytest.approx(losses, rel=1e-3)
+    assert lr < case.learning_rate  # the rule has been at work
 
 
-def test_whole_run_stops_goes_on_and_writes_its_page(tiny, tmp_path):
-    out, lines = tmp_path / "out", []
+def first_two(model, x):
+    return model.blocks[1](model.blocks[0](model.stem(x)))
 
-    def stop_after_six(line):
-        lines.append(line)
-        if len([entry for entry in lines if entry.endswith(" s")]) == 6:
-            raise KeyboardInterrupt
 
-    settings = {"sources": Sources(text=tmp_path)}
-    with pytest.raises(KeyboardInterrupt):
-        reproduce(out, report=stop_after_six, **settings)
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("cells/**/*.json")}
-    assert len(kept) == 6
+def test_batches_of_figure_3_are_reciprocal_to_the_horizon(tiny, tmp_path):
+    case = replace(make_lab(tmp_path).case("M1"), batch=60)
+    assert [fig3.reciprocal(case, h).batch for h in (1, 2, 3, 5, 6)] == [360, 180, 120, 72, 60]
 
-    found = reproduce(out, **settings)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert [f.name for f in found] == list(EXPERIMENTS)
-    for finding in found:
-        assert all((out / name).stat().st_size for name in (*finding.pictures, *finding.tables))
-        assert all(claim.verdict in (HOLDS, PARTLY, FAILS, OURS) for claim in finding.claims)
-    assert "MiniLM was not run" in found[EXPERIMENTS.index("fig3")].caption
-    html = (out / "report.html").read_text()
-    assert all(f"id='{name}'" in html for name in EXPERIMENTS)
 
-    again = []
-    assert reproduce(out, only=["fig5"], report=again.append, **settings)[0] == found[-1]
-    assert not [line for line in again if line.endswith(" s")]  # nothing was computed
-    assert (out / "report.html").read_text().count("<h2 id=") == len(EXPERIMENTS)  # what was there stays
+# Verdicts: a world as the paper says, and one that is not
+
+
+def linear_or_not(power):
+    """Rows of Figure E1 whose memory grows with a power of the horizon, and the static mode's."""
+    rows = []
+    for model in ("M1", "M2", "M3"):
+        for h in range(1, 13):
+            place = {"model": model, "h": h, "T": 12}
+            rows.append({**place, "kind": "s = 1", "bytes": 100 + 7 * h**power})
+            static = h * (12 - h + 1) if power == 1 else h
+            rows.append({**place, "kind": "all windows at once", "bytes": 50 + static, "bytes/BP": static / 12})
+    return rows
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(1, HOLDS), (5, FAILS)])
+def test_verdicts_on_memory(power, verdict):
+    rows = linear_or_not(power)
+    assert e1._linear(rows).verdict == verdict
+    assert e1._bulged(rows).verdict == verdict
+
+
+@pytest.mark.parametrize(("drift", "verdict"), [(0.0, HOLDS), (1.0, FAILS)])
+def test_verdicts_on_angles(drift, verdict):
+    """1 - cos is a power of T - h that grows over the epochs; or a wave that falls."""
+    rows = [
+        {"model": m, "seed": 0, "epoch": e, "stride": "s = 1", "h": 10 - left, "T-h": left}
+        | {"1-cos": 1e-3 * (1 + e) * left**2 if drift == 0 else 1e-3 * (2 + math.sin(2 * left)) / (1 + e)}
+        for m in fig2.MODELS
+        for e in (0, 1)
+        for left in range(1, 10)
+    ]
+    fits = [{"model": m, "epoch": e, "seed": 0, **fig2._fit(rows, m, e, 0)} for m in fig2.MODELS for e in (0, 1)]
+    assert fig2._polynomial(fits).verdict == verdict
+    assert fig2._growing(rows).verdict == verdict
+
+
+@pytest.mark.parametrize(("near", "verdict"), [(2.9, HOLDS), (2.4, PARTLY), (2.0, FAILS)])
+def test_verdicts_on_the_theorem(tiny, near, verdict):
+    powers = [
+        {"kind": "drift", "T": depth, "seed": seed, "near": near, "wide": near}
+        for depth in theorem.DEPTHS
+        for seed in range(theorem.SEEDS)
+    ]
+    rows = theorem.deviations("drift", theorem.DEPTHS, theorem.SEEDS)
+    assert theorem._claim(rows, powers, "drift", "a drift").verdict == verdict
 
 
 def test_runs_of_one_seed_are_equal_and_a_diverged_one_is_kept(tiny, tmp_path):
@@ -318,131 +334,6 @@ def test_checkpointing_and_disjoint_windows_cost_what_their_units_say(tiny, tmp_
     every, root = (costs[method.name] for method in scoring.again(6))
     assert every.units == root.units == 4 * 6
     assert root.bytes < costs["BP"].bytes
-    assert all(len(cost.seconds) == lab_module.TIMED_ROUNDS for cost in costs.values())
-
-
-# The page
-
-
-class Text(HTMLParser):
-    """What a reader sees of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.hidden = [], False
-
-    def handle_starttag(self, tag, attributes):
-        self.hidden = tag == "style"
-
-    def handle_endtag(self, tag):
-        self.hidden = False
-
-    def handle_data(self, data):
-        if not self.hidden:
-            self.words.append(data)
-
-
-def test_page_has_no_number_of_its_own():
-    claims = tuple(Claim("says", "where", "rule", "found", verdict) for verdict in (HOLDS, PARTLY))
-    finding = Finding("name", "title", "caption", ("a.png",), ("a.csv",), claims)
-    reader = Text()
-    reader.feed(page([finding], {"fact": "value"}, {"a.png": b"picture"}))
-    seen = " ".join(reader.words)
-    assert re.findall(r"\d+", seen) == ["1", "1"]  # how many claims hold, how many partly
-    assert all(word in seen for word in ("says", "where", "rule", "found", "caption", "fact", "value"))
-
-
-NAMES = re.compile(
-    r"T/2|h = 1\b|s = 1\b|stride 1\b|T-h\+1|M[123]|O[12]|C[12]|M0|LoCo [35]|Figure \d|ResNet-50|ViT-B/16|Eq\. \d+"
-)
-EXACT_ENDS = re.compile(r"1 - |, 0 is the best, 1 the worst")
-
-
-def typed_numbers(path):
-    """Digits in the fixed parts of captions, rules and figures; names of the paper's and formulas are none."""
-    tree = ast.parse(path.read_text())
-    spoken = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg in ("found", "rule")]
-    spoken += [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("caption", "figures")
-    ]
-    for value in spoken:
-        formats = {id(n) for f in ast.walk(value) if isinstance(f, ast.FormattedValue) for n in ast.walk(f)}
-        for node in ast.walk(value):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in formats:
-                left = EXACT_ENDS.sub("", NAMES.sub("", node.value))
-                yield from re.findall(r".*\d.*", left)
-
-
-@pytest.mark.parametrize("name", [*EXPERIMENTS, "fig5_claims"])
-def test_claims_and_captions_have_no_typed_numbers(name):
-    assert not list(typed_numbers(SOURCE / f"{name}.py"))
-
-
-def test_the_search_for_typed_numbers_finds_one(tmp_path):
-    path = tmp_path / "fake.py"
-    path.write_text('Claim(found=f"It is {value:.2f} of 0.25 at h = 1.")')
-    assert len(list(typed_numbers(path))) == 1
-
-
-# Arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"only": ["fig9"]}, "only=fig9"),
-        ({"only": []}, "name at least one"),
-        ({"scale": "large"}, "scale='large'"),
-        ({"seeds": 0}, "seeds=0"),
-        ({"scale": "paper"}, "--data"),
-        ({"sources": Sources(images=Path("/nowhere"))}, "CIFAR-10"),
-    ],
-)
-def test_wrong_arguments(tmp_path, arguments, complaint):
-    with pytest.raises(ValueError, match=re.escape(complaint)):
-        reproduce(tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_belongs_to_one_scale(tiny, tmp_path):
-    reproduce(tmp_path, only=["theorem"])
-    with pytest.raises(ValueError, match="another folder"):
-        reproduce(tmp_path, only=["theorem"], scale="paper")
-
-
-def test_paper_s_sizes():
-    full = ALL_CASES("paper", Sources())
-    models = {name: full[name].make() for name in ("M1", "M2", "M3")}
-    layers = {
-        name: [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for name, model in models.items()
-    }
-    assert [len(layers[name]) for name in ("M1", "M2", "M3")] == [15, 15, 62]
-    assert all(layer.bias is None for layer in layers["M1"])
-    assert [full[name].depth for name in full] == [13, 13, 30, 16, 12]
-    assert [full[name].learning_rate for name in full] == [0.03, 0.01, 0.01, 0.001, 0.001]
-    assert [full[name].batch for name in full] == [100, 100, 32, 64, 64]
-    assert [full[name].epochs for name in full] == [40, 40, 40, 30, 30]
-    with pytest.raises(ValueError, match="--weights"):
-        full["ResNet-50"].make()
-    with pytest.raises(ValueError, match="--data"):
-        full["ResNet-50"].data()
-
-
-def test_command(tiny, tmp_path, monkeypatch):
-    monkeypatch.delenv("HORIZONPLAN_CIFAR", raising=False)
-    runner = CliRunner()
-    result = runner.invoke(app, ["reproduce", "--only", "theorem", "--out", str(tmp_path), "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)[0]["name"] == "theorem"
-    assert "theorem/drift" in result.stderr
-    plain = runner.invoke(app, ["reproduce", "--only", "theorem", "--out", str(tmp_path)])
-    assert plain.stdout.rstrip().endswith("report.html")
-    for wrong in (["--only", "fig9"], ["--scale", "paper"], ["--data", "/nowhere"]):
-        result = runner.invoke(app, ["reproduce", "--out", str(tmp_path), *wrong])
-        assert result.exit_code == 1
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
-    monkeypatch.setenv("HORIZONPLAN_CIFAR", "/from/the/environment")
-    assert "/from/the/environment" in runner.invoke(app, ["reproduce", "--out", str(tmp_path)]).stderr
+    assert all(len(cost.seconds) == 1 for cost in costs.values())
+    again = make_lab(tmp_path / "other").costs(lab.case("M1"), [disjoint(3), BP], "costs")
+    assert {name: cost.bytes for name, cost in again.items()} == {name: costs[name].bytes for name in again}

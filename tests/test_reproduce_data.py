@@ -1,4 +1,4 @@
-"""The data of ``horizonplan reproduce``: generators, CIFAR from a folder, digits, verses, pre-trained models."""
+"""The data of ``horizonplan reproduce``: generators, CIFAR from a folder, digits, verses."""
 
 import math
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from miniature import write_cifar
 
 import horizonplan as hp
-from horizonplan.reproduce import cifar, generators, pretrained, verses
-from horizonplan.reproduce.images import images
+from horizonplan.reproduce import cifar, generators, verses
+from horizonplan.reproduce.images import images, source
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,28 +42,6 @@ def test_trigonometric_data_is_the_paper_s_up_to_one_factor_a_sample():
 def test_no_data_is_refused(make):
     with pytest.raises(ValueError, match="samples=0"):
         make(0, 0)
-
-
-def write_cifar(folder, classes, binary):
-    """A CIFAR of 40 training and 8 test images, and its pixels and labels."""
-    generator = np.random.default_rng(0)
-    names = [f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"]
-    folder.mkdir()
-    kept = []
-    for name in (*names, "test_batch" if classes == 10 else "test"):
-        count = 8 if name.startswith("test") else 40 // len(names)
-        pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
-        labels = generator.integers(0, classes, count)
-        kept.append((pixels, labels))
-        if binary:
-            coarse = [np.zeros((count, 1), np.uint8)] if classes == 100 else []
-            rows = np.hstack([*coarse, labels[:, None].astype(np.uint8), pixels])
-            (folder / f"{name}.bin").write_bytes(rows.tobytes())
-        else:
-            key = b"labels" if classes == 10 else b"fine_labels"
-            batch = {b"data": pixels, key: labels.tolist(), b"batch_label": b"made up"}
-            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-    return kept
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -124,7 +103,7 @@ def test_missing_cifar_and_a_cut_file(tmp_path):
     with pytest.raises(cifar.CifarError, match="classes=20"):
         cifar.load(tmp_path, 20)
     with pytest.raises(cifar.CifarError, match="--data"):
-        images(None, 100)
+        images(None, 100, 1, 1)
     write_cifar(tmp_path / "own", 10, binary=True)
     (tmp_path / "own" / "test_batch.bin").write_bytes(b"x" * 100)
     with pytest.raises(cifar.CifarError, match="no whole number of images"):
@@ -132,17 +111,23 @@ def test_missing_cifar_and_a_cut_file(tmp_path):
 
 
 def test_digits_stand_in_for_cifar():
-    found = images(None, 10, 50, 20)
-    x, y = found.training.tensors
-    assert (x.shape, len(y), len(found.test)) == ((50, 3, 32, 32), 50, 20)
+    training, test = images(None, 10, 50, 20)
+    x, y = training.tensors
+    assert (x.shape, len(y), len(test)) == ((50, 3, 32, 32), 50, 20)
     assert torch.equal(x[:, 0], x[:, 2])
     assert torch.equal(x[:, :, :2], x[:1, :, :1, :1].expand(50, 3, 2, 32))  # the border is background
-    assert "MNIST" in found.words
+    assert "5,000 real MNIST digits" in source(None, 10)
 
 
-def test_images_from_a_folder_are_said_to_be_so(tmp_path):
-    write_cifar(tmp_path / "own", 10, binary=True)
-    assert images(tmp_path / "own", 10, 16, 4).words == "16 CIFAR-10"
+def test_images_from_a_folder_are_some_of_them_and_never_fewer_than_asked(tmp_path):
+    kept = write_cifar(tmp_path / "own", 10, binary=True)
+    (training, test), labels = images(tmp_path / "own", 10, 16, 4), np.concatenate([found for _, found in kept[:-1]])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:16]
+    assert training.tensors[1].tolist() == labels[order].tolist()
+    assert len(test) == 4
+    assert source(tmp_path, 10) == "of CIFAR-10"
+    with pytest.raises(cifar.CifarError, match="40 training images of 41"):
+        images(tmp_path / "own", 10, 41, 4)
 
 
 def test_verses_without_the_packages(tmp_path):
@@ -161,25 +146,3 @@ def test_verses_and_lora():
     assert chain.depth == 6
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all("lora" in name or name.startswith("head") for name in names)
-
-
-def test_pretrained_networks_are_read_from_a_folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    resnet = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[8, 12], depths=[2, 3], layer_type="bottleneck")
-    vit = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, image_size=224, patch_size=56
-    )
-    transformers.ResNetForImageClassification(resnet).save_pretrained(tmp_path / pretrained.RESNET)
-    with pytest.raises(pretrained.WeightsError, match="vit-base-patch16-224"):
-        pretrained.resnet50(tmp_path)
-    transformers.ViTForImageClassification(vit).save_pretrained(tmp_path / pretrained.VIT)
-    batch = torch.randn(2, 3, 32, 32), torch.tensor([3, 99])
-    for make, depth in ((pretrained.resnet50, 5), (pretrained.vit, 3)):
-        model = make(tmp_path)
-        chain = hp.Chain.from_model(model, batch, loss=torch.nn.functional.cross_entropy)
-        assert chain.depth == depth
-        assert model(batch[0]).shape == (2, 100)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert any("lora" in name for name in trained)
-    assert all("lora" in name or "classifier" in name for name in trained)
