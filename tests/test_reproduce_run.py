@@ -1,17 +1,20 @@
 """``horizonplan reproduce`` as a whole: cells, going on after a kill, the page, arguments, the command."""
 
 import ast
+import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from miniature import shrink
+from miniature import shrink, tiny_cases
 from typer.testing import CliRunner
 
 from horizonplan.cli import app
 from horizonplan.reproduce import EXPERIMENTS, Claim, Finding, Sources, reproduce
+from horizonplan.reproduce import lab as lab_module
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY
 from horizonplan.reproduce.report import page, write_claims
@@ -93,6 +96,22 @@ def test_whole_run_stops_goes_on_and_writes_its_page(tiny, tmp_path):
     assert reproduce(out, only=["fig5"], report=again.append, **settings)[0] == found[-1]
     assert not [line for line in again if line.endswith(" s")]  # nothing was computed
     assert (out / "report.html").read_text().count("<h2 id=") == len(EXPERIMENTS)  # what was there stays
+
+
+@pytest.mark.slow
+def test_a_model_that_diverges_stops_nothing(tiny, tmp_path, monkeypatch):
+    """Back-propagation breaks off in M2: its answers are infeasible, the others are scored, the page is written."""
+
+    def wild(scale, sources):
+        found = tiny_cases(scale, sources)
+        return {**found, "M2": replace(found["M2"], learning_rate=1e9)}
+
+    monkeypatch.setattr(lab_module, "cases", wild)
+    reproduce(tmp_path, only=["fig2", "e2", "fig5"], sources=Sources(text=tmp_path))
+    rows = list(csv.DictReader((tmp_path / "fig5.csv").read_text().splitlines()))
+    assert {row["Rel"] for row in rows if row["model"] == "M2"} == {"1.5"}
+    assert {row["Rel"] for row in rows if row["model"] == "M1"} != {"1.5"}
+    assert (tmp_path / "report.html").is_file()
 
 
 # The page

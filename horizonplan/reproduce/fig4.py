@@ -44,12 +44,6 @@ def run(lab: Lab, out: Path) -> Finding:
     )
 
 
-def _mean(rows: Sequence[dict[str, Any]], model: str, kind: str, h: int, epoch: int, value: str) -> float | None:
-    wanted = model, kind, h, epoch
-    found = [r[value] for r in rows if (r["model"], r["stride"], r["h"], r["epoch"]) == wanted]
-    return statistics.fmean(found) if found else None
-
-
 def _claim(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
     shrinks = {}
     parts = []
@@ -57,9 +51,9 @@ def _claim(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
         large = [h for h in case.horizons if h >= case.depth / 2]
         widths = []
         for epoch in (1, case.epochs):
-            seen = [_mean(rows, case.name, "s = 1", h, epoch, "accuracy") for h in large]
-            known = [value for value in seen if value is not None]
-            widths.append(max(known) - min(known))
+            seen = [_by_epoch(rows, case, "s = 1", h, "accuracy").get(epoch) for h in large]
+            means = [statistics.fmean(accuracies) for accuracies in seen if accuracies]
+            widths.append(max(means) - min(means))
         shrinks[case.name] = widths[1] / widths[0] if widths[0] > 0 else 1.0
         parts.append(f"{case.name} from {widths[0]:.3f} to {widths[1]:.3f}")
     return Claim(
@@ -84,15 +78,16 @@ def _draw(
         for kind, h, own, _ in trained(case):
             form = {"color": colours[h], "ls": "-" if kind == "s = 1" else "--", "ms": 3, "marker": "o"}
             name = "BP" if h == case.depth else f"h = {h}" if kind == "s = 1" else f"h = s = {h}"
-            for panel, value in ((over_loss, "loss"), (over_accuracy, "accuracy")):
-                epochs, means = _line(panel, case, rows, (kind, h, value), form, f"{name} (batch {own.batch})")
-                if value == "loss":
-                    over_time.plot([e * passes[case.name, kind, h] for e in epochs], means, label=name, **form)
-                if (value, h) == ("loss", case.depth):
-                    times = [e * passes[case.name, AGAIN.name, h] for e in epochs]
-                    over_time.plot(times, means, label=AGAIN.name, **{**form, "ls": ":"})
+            losses, accuracies = (_by_epoch(rows, case, kind, h, value) for value in ("loss", "accuracy"))
+            _line(over_loss, losses, form, f"{name} (batch {own.batch})")
+            _line(over_accuracy, accuracies, form, name)
+            _over_time(over_time, losses, passes[case.name, kind, h], form, name)
+        exact = _by_epoch(rows, case, "s = 1", case.depth, "loss")
+        dotted = {"color": style.EXACT, "ls": ":", "ms": 3, "marker": "o"}
+        _over_time(over_time, exact, passes[case.name, AGAIN.name, case.depth], dotted, AGAIN.name)
         for panel in (over_loss, over_accuracy):
-            panel.set(xlabel="epoch", xticks=range(1, case.epochs + 1))
+            panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(integer=True)
         over_loss.set(ylabel="training loss")
         over_accuracy.set(ylabel="validation accuracy")
         over_time.set(ylabel="training loss", xlabel="seconds of forward and backward", xlim=(0, None))
@@ -102,15 +97,21 @@ def _draw(
     style.save(made, path)
 
 
-def _line(
-    panel: Any, case: Case, rows: Sequence[dict[str, Any]], what: tuple[str, int, str], form: dict[str, Any], label: str
-) -> tuple[list[int], list[float]]:
-    """Draw a stride's and horizon's mean and range over the epochs that some seed has; returns epochs and means."""
-    kind, h, value = what
+def _by_epoch(rows: Sequence[dict[str, Any]], case: Case, kind: str, h: int, value: str) -> dict[int, list[float]]:
+    """The seeds' values in each epoch that some seed has."""
     mine = [r for r in rows if (r["model"], r["stride"], r["h"]) == (case.name, kind, h)]
-    values = {epoch: [r[value] for r in mine if r["epoch"] == epoch] for epoch in sorted({r["epoch"] for r in mine})}
-    means = [statistics.fmean(found) for found in values.values()]
-    panel.plot(list(values), means, label=label, **form)
+    return {epoch: [r[value] for r in mine if r["epoch"] == epoch] for epoch in sorted({r["epoch"] for r in mine})}
+
+
+def _line(panel: Any, values: Mapping[int, list[float]], form: Mapping[str, Any], label: str) -> None:
+    """Mean and range over the seeds."""
+    panel.plot(list(values), list(map(statistics.fmean, values.values())), label=label, **form)
     low, high = ([end(found) for found in values.values()] for end in (min, max))
     panel.fill_between(list(values), low, high, color=form["color"], alpha=0.08, lw=0)
-    return list(values), means
+
+
+def _over_time(
+    panel: Any, values: Mapping[int, list[float]], seconds: float, form: Mapping[str, Any], label: str
+) -> None:
+    """Means over the time that the epochs took."""
+    panel.plot([epoch * seconds for epoch in values], list(map(statistics.fmean, values.values())), label=label, **form)

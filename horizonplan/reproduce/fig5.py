@@ -184,12 +184,12 @@ def _rates(lab: Lab, mine: Bench) -> list[dict[str, Any]]:
 
 
 def _best(lab: Lab, mine: Bench, column: Column) -> dict[str, Any]:
-    """The best of the trained horizons by the measured rates."""
+    """The best of the trained horizons by the measured rates; none where back-propagation broke off."""
     case, values = mine.case, {}
     for h in case.horizons:
         method = sliding(h, case.depth)
         value = worth(column, _rate(lab, mine, method), _cost(lab, mine, method).bytes, mine.largest)
         if value is not None:
             values[h] = value
-    best = min(values, key=lambda h: (values[h], h))
+    best = min(values, key=lambda h: (values[h], h), default="")
     return {"column": column.name, "model": column.model, "seed": mine.seed, "best h": best, "T": case.depth}

@@ -107,10 +107,10 @@ def _difficult(rows: Sequence[dict[str, Any]]) -> Claim:
 
 
 def _middle(best: Sequence[dict[str, Any]]) -> Claim:
-    share = statistics.fmean(1 < row["best h"] < row["T"] for row in best)
-    ends = {
-        end: statistics.fmean(row["best h"] == (row["T"] if end == "BP" else 1) for row in best) for end in ("BP", "FF")
-    }
+    known = [row for row in best if row["best h"] != ""]
+    share = statistics.fmean(1 < row["best h"] < row["T"] for row in known)
+    ends = {"BP": statistics.fmean(row["best h"] == row["T"] for row in known)}
+    ends["FF"] = statistics.fmean(row["best h"] == 1 for row in known)
     return Claim(
         says="In most cases an intermediate horizon is the best choice; both ends can be.",
         where="Section 5, finding 3",

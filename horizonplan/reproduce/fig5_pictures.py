@@ -85,7 +85,7 @@ def draw_rates(rates: Sequence[dict[str, Any]], path: Path) -> None:
     made, axes = style.figure(1, len(MODELS), 10.5, 3.5)
     for panel, model in zip(axes[0], MODELS, strict=True):
         mine = [r for r in rates if r["model"] == model and math.isfinite(r["rate"])]
-        colours = style.horizon_colours(sorted({r["h"] for r in mine}))
+        colours = style.horizon_colours(sorted({r["h"] for r in mine})) if mine else {}
         for h, colour in colours.items():
             points = [r for r in mine if r["h"] == h]
             label = "BP" if h == points[0]["T"] else f"h = {h}"

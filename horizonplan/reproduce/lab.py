@@ -219,7 +219,7 @@ class Cost:
 
 
 def clock(chain: Chain) -> float:
-    """Process time, which other work on the machine hardly touches; on CUDA the wall clock, once the device is done."""
+    """Process time, to which waiting for others' work does not add; on CUDA the wall clock, once the device is done."""
     return now(chain) if chain.device.type == "cuda" else time.process_time()
 
 
