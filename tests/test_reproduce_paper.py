@@ -105,8 +105,8 @@ def brief_cases(scale, sources):
     """The paper's cases and networks; one epoch, three horizons, few samples."""
     brief = {}
     for name, case in ALL_CASES(scale, sources).items():
-        third = case.depth // 3
-        sizes = {"horizons": (1, 2 * third, case.depth), "disjoint": (third,), "epochs": 1, "batch": 4, "seeds": 1}
+        half = (case.depth + 1) // 2
+        sizes = {"horizons": (1, half, case.depth), "disjoint": (half,), "epochs": 1, "batch": 4, "seeds": 1}
         brief[name] = replace(case, data=few(case), **sizes)
     return brief
 

@@ -52,7 +52,7 @@ class Case:
         epochs: passes over the data.
         optimizer: ``"SGD"`` or ``"Adam"``.
         horizons: trained at stride 1, the last of them the depth.
-        disjoint: horizons trained with stride h.
+        disjoint: those of them that are trained with stride h, too.
         seeds: how many runs with other weights and another order, where nothing else is asked for.
         classes: whether targets are classes, so that there is an accuracy.
     """
