@@ -29,7 +29,7 @@ NAME, TITLE = "e1", "Figure E1: memory and time of a step over the horizon"
 IMAGES = 8  # of random pixels, for the whole ResNet-62
 GRID = (1, 2, 3, 5, 8, 10, 12, 15, 18, 20, 22, 25, 28, 30)
 STRAIGHT, NEARLY = 0.99, 0.95  # R squared
-CHECKPOINT_MARKS = "*P"  # every block, every root of T
+CHECKPOINT_MARKS = (("*", 10), ("P", 7))  # every block, every root of T; sizes in points
 BULGE = 1.5  # times back-propagation's memory
 
 
@@ -79,8 +79,8 @@ def run(lab: Lab, out: Path) -> Finding:
         "Peak bytes of one training step (parameters, optimiser state and batch included) over those of "
         "back-propagation, against h/T: one window at a time (left), all windows at once, the paper's static mode "
         f"(middle). Right: {lab.timed} of forward and backward over back-propagation's, median of at least {ROUNDS} "
-        "rounds in turn, bars: their range. Dashed: disjoint windows, s = h. Stars and crosses: back-propagation with "
-        "activation checkpointing every block, and every root of T blocks. One batch and one set of weights, as a "
+        "rounds in turn, bars: the middle half. Dashed: disjoint windows, s = h. Stars and crosses: back-propagation "
+        "with activation checkpointing every block, and every root of T blocks. One batch and one set of weights, as a "
         f"step's bytes do not depend on them. {words}."
     )
     tables = (write_table(out / f"{NAME}.csv", rows),)
@@ -107,7 +107,7 @@ def static_bytes(lab: Lab, case: Case, grid: Sequence[int]) -> dict[str, int]:
 
 def _blank(case: Case, kind: str, h: int) -> dict[str, Any]:
     place = {"model": case.name.removesuffix("-whole"), "kind": kind, "h": h, "T": case.depth, "h/T": h / case.depth}
-    times = dict.fromkeys(("seconds", "seconds/BP", "least seconds/BP", "most seconds/BP"), "")
+    times = dict.fromkeys(("seconds", "seconds/BP", "lower quartile/BP", "upper quartile/BP"), "")
     return place | {"bytes": "", "bytes/BP": "", "flops/BP": "", "units": ""} | times
 
 
@@ -119,8 +119,8 @@ def _row(case: Case, kind: str, h: int, cost: Cost, exact: Cost) -> dict[str, An
         "units": cost.units,
         "seconds": cost.median_seconds,
         "seconds/BP": cost.median_seconds / exact.median_seconds,
-        "least seconds/BP": min(cost.seconds) / exact.median_seconds,
-        "most seconds/BP": max(cost.seconds) / exact.median_seconds,
+        "lower quartile/BP": cost.quartiles[0] / exact.median_seconds,
+        "upper quartile/BP": cost.quartiles[1] / exact.median_seconds,
     }
 
 
@@ -219,18 +219,16 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             eager.plot([r["h/T"] for r in mine], [r["bytes/BP"] for r in mine], **options)
             seconds.errorbar([r["h/T"] for r in mine], *_times(mine), elinewidth=0.6, **options)
         exact = [r for r in rows if r["model"] == model and r["kind"].startswith("BP")]
-        for row, star in zip(exact, CHECKPOINT_MARKS, strict=False):
+        for row, (star, size) in zip(exact, CHECKPOINT_MARKS, strict=False):
+            form = {"ms": size, "color": style.MODELS[model], "mec": "white", "mew": 0.5, "zorder": 5, "clip_on": False}
             for panel, value in ((eager, "bytes/BP"), (seconds, "seconds/BP")):
-                panel.plot(
-                    row["h/T"], row[value], star, ms=10, color=style.MODELS[model], mec="white", mew=0.5, zorder=5,
-                    clip_on=False,
-                )  # fmt: skip
+                panel.plot(row["h/T"], row[value], star, **form)
         mine = _of(rows, model, "all windows at once")
         static.plot([r["h/T"] for r in mine], [r["bytes/BP"] for r in mine], label=model, **own)
     for panel in (eager, seconds):
         panel.plot([], [], "--", color="0.4", label="disjoint, s = h")
-        for star, every in zip(CHECKPOINT_MARKS, ("block", "√T blocks"), strict=True):
-            panel.plot([], [], star, ms=10, color="0.4", label=f"BP, checkpoint every {every}")
+        for (star, size), every in zip(CHECKPOINT_MARKS, ("block", "√T blocks"), strict=True):
+            panel.plot([], [], star, ms=size, color="0.4", label=f"BP, checkpoint every {every}")
     for panel in axes[0]:
         panel.axhline(1, color="0.6", lw=0.8, zorder=0)
         panel.set(xlabel="h / T", ylim=(0, None), xlim=(0, 1.04))
@@ -245,7 +243,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _times(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
-    """Medians, and how far the least and the most of the rounds are from them."""
+    """Medians, and how far the quartiles are from them."""
     middle = [r["seconds/BP"] for r in rows]
-    below = [r["seconds/BP"] - r["least seconds/BP"] for r in rows]
-    return middle, [below, [r["most seconds/BP"] - r["seconds/BP"] for r in rows]]
+    below = [r["seconds/BP"] - r["lower quartile/BP"] for r in rows]
+    return middle, [below, [r["upper quartile/BP"] - r["seconds/BP"] for r in rows]]

@@ -122,7 +122,10 @@ def _polynomial(fits: Sequence[dict[str, Any]]) -> Claim:
             f"Of every model's log-log lines (one for each epoch and seed), at least {MOST:.0%} have R² of {STRAIGHT} "
             f"or more: {HOLDS}. No line is below {ALMOST}: {PARTLY}. Else: {FAILS}."
         ),
-        found=f"Lines with such an R²: {shares}. Powers, mean and deviation over the lines: {', '.join(powers)}.",
+        found=(
+            f"Lines with R² of {STRAIGHT} or more: {shares}. Powers, mean and deviation over the lines: "
+            f"{', '.join(powers)}."
+        ),
         verdict=judge(min(straight) >= MOST, almost),
     )
 
@@ -141,7 +144,9 @@ def _growing(rows: Sequence[dict[str, Any]]) -> Claim:
             f"1 - cos is larger after the last epoch than before the first for at least {MOST:.0%} of horizons and "
             f"seeds, in every model: {HOLDS}. For at least {HALF:.0%} of all: {PARTLY}. Else: {FAILS}."
         ),
-        found=f"It is larger for {', '.join(f'{share:.0%} in {model}' for model, share in shares.items())}.",
+        found="It is larger after the last epoch for "
+        + ", ".join(f"{share:.0%} in {model}" for model, share in shares.items())
+        + ".",
         verdict=judge(min(shares.values()) >= MOST, statistics.fmean(shares.values()) >= HALF),
     )
 
@@ -157,7 +162,7 @@ def _strides(rows: Sequence[dict[str, Any]]) -> Claim:
         says="The angle of disjoint windows (s = h) against that of the paper's stride 1 at the same horizon.",
         where="not in the paper",
         rule="No verdict: how often the angle of disjoint windows is the larger one.",
-        found="It is for " + ", ".join(parts) + " of horizons, epochs and seeds.",
+        found="Disjoint windows have the larger angle for " + ", ".join(parts) + " of horizons, epochs and seeds.",
         verdict=OURS,
     )
 

@@ -75,7 +75,7 @@ def run(lab: Lab, out: Path) -> Finding:
     caption = (
         "Above: validation accuracy after the last epoch (lines: mean and deviation over the seeds) and peak memory "
         f"of a step (bars), with batches reciprocal to the horizon. Below: {lab.timed} of forward and backward for one "
-        f"pass over the data (bars: median of at least {ROUNDS} steps, lines: their range). Checkpointed "
+        f"pass over the data (bars: median of at least {ROUNDS} steps, lines: the middle half). Checkpointed "
         f"back-propagation has back-propagation's accuracy.{places} {words}.{note}"
     )
     tables = (
@@ -113,8 +113,8 @@ def _row(lab: Lab, case: Case, kind: str, h: int, own: Case, cost: Cost, accurac
         "accuracy": statistics.fmean(accuracies),
         "accuracy_sd": spread(accuracies),
         "seconds_per_pass": seconds_of_a_pass(lab, own, cost),
-        "least": min(cost.seconds) * steps,
-        "most": max(cost.seconds) * steps,
+        "lower_quartile": cost.quartiles[0] * steps,
+        "upper_quartile": cost.quartiles[1] * steps,
     }
 
 
@@ -234,7 +234,7 @@ def _draw(found: Sequence[Case], rows: Sequence[dict[str, Any]], path: Path) -> 
         style.legend(top, handles=[*lines[0], *bars[0]], labels=names, loc="upper left", ncols=2)
         _bars(below, case, rows, "seconds_per_pass", 1)
         mine = [r for r in rows if r["model"] == case.name]
-        below.set(ylabel="seconds for one pass", ylim=(0, 1.3 * max(r["most"] for r in mine)))
+        below.set(ylabel="seconds for one pass", ylim=(0, 1.3 * max(r["upper_quartile"] for r in mine)))
         style.legend(below, loc="upper left", ncols=3)
         for panel in (top, below):
             names = [f"{h}{' (BP)' if h == case.depth else ''}\n{reciprocal(case, h).batch}" for h in case.horizons]
@@ -254,6 +254,6 @@ def _bars(axes: Any, case: Case, rows: Sequence[dict[str, Any]], value: str, uni
         places, sizes = [at + shift for at in _places(case, [r["h"] for r in mine])], [r[value] / unit for r in mine]
         axes.bar(places, sizes, 0.26, color=colour, label=kind, zorder=1)
         if value == "seconds_per_pass":
-            ends = [[r[value] - r["least"] for r in mine], [r["most"] - r[value] for r in mine]]
+            ends = [[r[value] - r["lower_quartile"] for r in mine], [r["upper_quartile"] - r[value] for r in mine]]
             axes.errorbar(places, sizes, ends, fmt="none", ecolor="0.4", elinewidth=0.7, capsize=2)
     axes.grid(False)

@@ -63,7 +63,7 @@ def _claim(found: Sequence[Case], rows: Sequence[dict[str, Any]]) -> Claim:
             f"The range of validation accuracies over the horizons from T/2 to T shrinks to {SHRUNK:.0%} or less from "
             f"the first epoch to the last in every case: {HOLDS}. It does not grow in any: {PARTLY}. Else: {FAILS}."
         ),
-        found="The range goes, in " + ", in ".join(parts) + ".",
+        found="The range of accuracies over the horizons from T/2 to T goes, in " + ", in ".join(parts) + ".",
         verdict=judge(max(shrinks.values()) <= SHRUNK, max(shrinks.values()) <= KEPT),
     )
 

@@ -50,7 +50,7 @@ def _beats_bp(rows: Sequence[dict[str, Any]]) -> Claim:
         says="The selection algorithm reaches better objective values than back-propagation.",
         where="Section 5.3, Figure 5",
         rule=f"Its mean Rel is lower in every model: {HOLDS}. Over all: {PARTLY}. Else: {FAILS}.",
-        found=f"Over all {ours:.2f} against {exact:.2f}; "
+        found=f"Mean Rel over all is {ours:.2f} against back-propagation's {exact:.2f}; "
         + ", ".join(f"{model} {a:.2f} against {b:.2f}" for model, (a, b) in models.items())
         + ".",
         verdict=judge(all(a < b for a, b in models.values()), ours < exact),
@@ -70,8 +70,8 @@ def _steadier(rows: Sequence[dict[str, Any]]) -> Claim:
         rule=f"Both its deviation of Rel and its share of infeasible answers (O1) are lower: {HOLDS}. One: {PARTLY}. "
         f"None: {FAILS}.",
         found=(
-            f"Deviation {spreads[SELECTED]:.2f} against {spreads[FF.name]:.2f}; infeasible {missed[SELECTED]:.0%} "
-            f"against {missed[FF.name]:.0%} of the answers to O1."
+            f"Deviation {spreads[SELECTED]:.2f}, of FF {spreads[FF.name]:.2f}; infeasible {missed[SELECTED]:.0%} "
+            f"of the answers to O1, of FF's {missed[FF.name]:.0%}."
         ),
         verdict=judge(steadier and feasible, steadier or feasible),
     )
@@ -88,7 +88,7 @@ def _like_loco(rows: Sequence[dict[str, Any]]) -> Claim:
             f"Its mean Rel is at most {COMPARABLE} above the mean of LoCo 3 and LoCo 5: {HOLDS}. At most {NEARLY}: "
             f"{PARTLY}. Else: {FAILS}."
         ),
-        found=f"{ours:.2f} against {split:.2f}; " + ", ".join(f"{n} {v:.2f}" for n, v in others.items()) + ".",
+        found=f"Mean Rel {ours:.2f} against {split:.2f}; " + ", ".join(f"{n} {v:.2f}" for n, v in others.items()) + ".",
         verdict=judge(ours - split <= COMPARABLE, ours - split <= NEARLY),
     )
 
@@ -101,7 +101,7 @@ def _difficult(rows: Sequence[dict[str, Any]]) -> Claim:
         says="It does better on difficult tasks (M3), and worse in Objective 1 than in Objective 2.",
         where="Section 5.3",
         rule=f"M3 has its lowest mean Rel and O1 a higher one than O2: {HOLDS}. One of both: {PARTLY}. Else: {FAILS}.",
-        found=f"{', '.join(f'{m} {v:.2f}' for m, v in means.items())}; O1 {goals['O1']:.2f}, O2 {goals['O2']:.2f}.",
+        found="Mean Rel: " + ", ".join(f"{name} {value:.2f}" for name, value in (means | goals).items()) + ".",
         verdict=judge(hardest and goals["O1"] > goals["O2"], hardest or goals["O1"] > goals["O2"]),
     )
 
@@ -118,7 +118,7 @@ def _middle(best: Sequence[dict[str, Any]]) -> Claim:
             "Of the horizons that were trained, the best by measured rate and memory is an intermediate one in more "
             f"than {MOST:.0%} of columns and seeds: {HOLDS}. In more than {SOME:.0%}: {PARTLY}. Else: {FAILS}."
         ),
-        found=f"It is in {share:.0%}; back-propagation in {ends['BP']:.0%}, h = 1 in {ends['FF']:.0%}.",
+        found=f"It is the best in {share:.0%}; back-propagation in {ends['BP']:.0%}, h = 1 in {ends['FF']:.0%}.",
         verdict=judge(share > MOST, share > SOME),
     )
 
@@ -137,7 +137,8 @@ def _cosine(rates: Sequence[dict[str, Any]]) -> Claim:
             f"|r - cos²| (cosine before training, rate of the whole run) is at most {GOOD} on average in every model: "
             f"{HOLDS}. At most {FAIR}: {PARTLY}. Else: {FAILS}."
         ),
-        found=", ".join(f"{model} {pm(values)}" for model, values in off.items())
+        found="|r - cos²|: "
+        + ", ".join(f"{model} {pm(values)}" for model, values in off.items())
         + f"; cos² is the larger of the two in {over:.0%}.",
         verdict=judge(max(means.values()) <= GOOD, max(means.values()) <= FAIR),
     )
@@ -149,7 +150,7 @@ def _others(rows: Sequence[dict[str, Any]]) -> Claim:
         says="Checkpointed back-propagation and disjoint windows, scored in the same way.",
         where="not in the paper",
         rule="No verdict: mean Rel over all columns and seeds, the best first.",
-        found=", ".join(f"{name} {value:.2f}" for value, name in means) + ".",
+        found="Mean Rel: " + ", ".join(f"{name} {value:.2f}" for value, name in means) + ".",
         verdict=OURS,
     )
 

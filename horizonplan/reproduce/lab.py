@@ -217,6 +217,14 @@ class Cost:
         """The median over the rounds."""
         return statistics.median(self.seconds)
 
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between these is the middle half of the rounds' seconds."""
+        low, _, high = (
+            statistics.quantiles(self.seconds, n=4, method="inclusive") if self.seconds[1:] else self.seconds * 3
+        )
+        return low, high
+
 
 def clock(chain: Chain) -> float:
     """Process time, to which waiting for others' work does not add; on CUDA the wall clock, once the device is done."""
