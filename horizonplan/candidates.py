@@ -70,6 +70,13 @@ def with_memory(row: Row, sample: Sample | None) -> Row:
     return replace(row, memory_bytes=round(sample.value), memory_source="measured", nvml_bytes=nvml)
 
 
+def with_measured_bytes(row: Row, size: int) -> Row:
+    """The row with bytes that a step was seen to need; what the device needs beyond them stays the same."""
+    more = size - row.memory_bytes
+    device, nvml = (None if known is None else known + more for known in (row.device_bytes, row.nvml_bytes))
+    return replace(row, memory_bytes=size, memory_source="measured", device_bytes=device, nvml_bytes=nvml)
+
+
 @dataclass(frozen=True)
 class Room:
     """What a device has for a step.
@@ -106,7 +113,16 @@ class Room:
 def with_rates(rows: Iterable[Row], rolled: Iterable[Sample]) -> tuple[Row, ...]:
     """The rows with their rollouts' rates, recomputed ones too; without one where the rollout found none."""
     found = {(s.horizon, s.stride): s for s in rolled}
-    return tuple(_with_rate(row, found.get((row.horizon, row.stride)) if _same(row) else None) for row in rows)
+    return tuple(with_rate(row, found.get((row.horizon, row.stride)) if _same(row) else None) for row in rows)
+
+
+def with_rate(row: Row, sample: Sample | None) -> Row:
+    """The row with its rollout's rate; unmeasured where the rollout found none, as it was where there is none."""
+    if sample is None:
+        return row
+    if not math.isfinite(sample.value):
+        return replace(row, rate=None, rate_stderr=None, rate_source="unmeasured")
+    return replace(row, rate=sample.value, rate_stderr=sample.stderr, rate_source="measured")
 
 
 def with_cosine(row: Row, sample: Sample) -> Row:
@@ -122,14 +138,6 @@ def with_derived_rate(row: Row) -> Row:
 def _same(row: Row) -> bool:
     """Whether its gradient is that of its horizon and stride: recomputing changes nothing."""
     return replace(row, recompute=0).plain
-
-
-def _with_rate(row: Row, sample: Sample | None) -> Row:
-    if sample is None:
-        return row
-    if not math.isfinite(sample.value):
-        return replace(row, rate=None, rate_stderr=None, rate_source="unmeasured")
-    return replace(row, rate=sample.value, rate_stderr=sample.stderr, rate_source="measured")
 
 
 def _costed(row: Row, profile: Profile) -> Row:

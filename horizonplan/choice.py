@@ -26,7 +26,7 @@ from horizonplan.units import format_bytes
 NO_RATE = "The short runs found no rate: all of them diverged. Give another optimizer or a smaller learning rate."
 NO_FALL = (
     "The short runs found no rate: back-propagation itself did not lower the loss in them. Give more rollout_steps or "
-    "another optimizer. The first of strides was taken, with cos^2 as its rate."
+    "another optimizer. Where a rate is shown for a truncated gradient it is cos^2."
 )
 
 
@@ -92,15 +92,19 @@ def choose_horizon(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row
 
 
 def recommend(rows: Iterable[Row], objective: Objective, cost: Cost) -> Row:
-    """The best row by :func:`horizonplan.select`, or the one of the frontier that dominates it.
+    """The best row of a table in which any may win, or the one of the frontier that dominates it.
 
     So no row is recommended of which another candidate is at least as small, as fast and as good, and better in one:
     not where objectives tie (whole nodes), and not where the objective does not look at the rate (the largest horizon).
+    A row whose rate is known goes before those of which it is not. Another method's windows are for comparison only.
 
     Raises:
         InfeasibleError: no candidate is feasible.
     """
-    judged = evaluate(rows, objective, cost)
+    judged = [row for row in evaluate(rows, objective, cost) if row.algorithm == "horizon"]
+    known = [row for row in judged if row.rate is not None]
+    if any(row.feasible and not row.reference for row in known):
+        judged = known
     return undominated(select(judged, objective, cost), judged)
 
 

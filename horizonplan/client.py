@@ -21,6 +21,7 @@ from urllib.parse import quote
 import httpx2
 
 from horizonplan import cost as costs
+from horizonplan.cards import priced
 from horizonplan.cost import Cost
 from horizonplan.measured import Card, Strided
 from horizonplan.objective import InfeasibleError, Objective
@@ -257,14 +258,17 @@ def _judged(objective: Objective | None, cost: Cost | None, cards: Sequence[Card
     for card in cards:
         if not isinstance(card, Card):
             raise TypeError(f"cards holds {card!r}; give horizonplan.measured.Card(name, memory_bytes, price)")
-    asked: dict[str, Any] = {"cards": [asdict(card) for card in cards]}
+    asked: dict[str, Any] = {
+        "cards": [{"name": card.name, "memory_bytes": card.memory_bytes, "price": priced(card)} for card in cards]
+    }
     if objective is not None:
         asked["objective"] = objective.to_dict()
     if cost is not None:
         asked["cost"] = costs.to_dict(cost)
     for name, kinds in (("objective", ("accuracy", "weighted", "memory")), ("cost", ("linear", "ladder"))):
         if name in asked and asked[name]["kind"] not in kinds:
-            raise ValueError(f"{name}={asked[name]['name']!r} is code of yours, which no service takes; plan here")
+            given = asked[name].get("name", asked[name]["kind"])
+            raise ValueError(f"{name}={given!r} is none that a service takes ({', '.join(kinds)}); plan here")
     return asked
 
 

@@ -23,7 +23,7 @@ from horizonplan.settle import Settled
 from horizonplan.weigh import best
 
 NO_ROOM = (
-    "No candidate could be run within rollout_budget={:g} steps of back-propagation: h was chosen by the cosine. Give "
+    "No candidate could be run within rollout_budget={:g} steps of back-propagation: the choice is by the cosine. Give "
     "more of it."
 )
 
@@ -47,7 +47,10 @@ class Rollouts:
         """Of what is missing; losses of the initial weights are back-propagation's."""
         pair = who or (self.depth, 1)
         price = self._cost(pair) * self.runs.missing(pair, steps, order)
-        return price if who else price + self._forward * self.runs.unseen(_last(steps), order)
+        if who:
+            return price
+        halfway = self.runs.unseen(_last(steps // 2), 0) if steps > 1 and not order else 0  # where rates are compared
+        return price + self._forward * (self.runs.unseen(_last(steps), order) + halfway)
 
     def advance(self, who: Pair | None, steps: int, order: int) -> Sequence[float]:
         """Run; back-propagation's run computes the initial weights' losses too."""
@@ -87,7 +90,8 @@ def decide_by_rollouts(
     judge, rows = found.judge, found.rows
     outcome = probing.raced(lambda way: _race(probing, judge, rows, stream, steps, budget, seed, way))
     if outcome is None or (outcome.rivals and not outcome.exact_fell):
-        chosen = choose_horizon(rows, judge.objective, judge.price(rows))
+        price = judge.price(rows)
+        chosen = best(rows, judge) if judge.beside else choose_horizon(rows, judge.objective, price)
         rows, chosen = judge.swapped(rows, chosen, with_derived_rate(chosen))
         told = NO_FALL if outcome and outcome.steps else NO_ROOM.format(budget)
         return Decision(rows, chosen, (told,) if outcome else ())
@@ -126,6 +130,7 @@ def _race(
     way: Frugal,
 ) -> Outcome:
     runs = Runs(probing.chain, stream, probing.optimizer, seed, way.recompute, way.micro_batches)
+    runs.check_parts()
     track, price, candidates = Rollouts(probing, runs, way), judge.price(rows), contenders(rows)
     weighed = [row for row in rows if not row.reference and row.fits is not False and (_runs(row) or row.exact)]
 

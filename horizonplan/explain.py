@@ -20,7 +20,7 @@ def name_of(row: Row, depth: int) -> str:
     """A row's everyday name."""
     how = f", in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
     how += f", {row.precision}" if row.precision != "fp32" else ""
-    if row.horizon == depth:
+    if row.algorithm == "horizon" and row.horizon == depth:
         return (f"BP, checkpoint every {row.recompute}" if row.recompute else "BP (back-propagation)") + how
     how = (f", recompute {row.recompute}" if row.recompute else "") + how
     if row.algorithm != "horizon":
@@ -66,7 +66,7 @@ def explain(rows: Sequence[Row], chosen: Row, objective: Objective, cost: Cost, 
     """The table, its legend, the choice, the references that beat it, and the notes."""
     legend = "m measured, f fitted, p predicted by folding the schedule over the profile, d derived, - not measured"
     paragraphs = [text_table(rows, chosen), legend, _choice(rows, chosen, objective, cost)]
-    paragraphs += [*_beaten(rows, chosen), *_fewer_nodes(rows, chosen, cost)]
+    paragraphs += [*_beaten(rows, chosen), *_beaten_by_methods(rows, chosen), *_fewer_nodes(rows, chosen, cost)]
     paragraphs += [f"Note: {note}" for note in notes]
     return "\n\n".join(paragraphs)
 
@@ -77,8 +77,10 @@ def probing_in_words(steps: Mapping[str, float], seconds: float) -> str:
     return f"Probing took {format_seconds(seconds)}, in steps of back-propagation: {stages}."
 
 
-def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool) -> str:
-    """Whether what was predicted of a held-out horizon came out."""
+def tested_in_words(held_out: Sequence[HeldOut], verified: bool, measured: bool, missed: Sequence[str]) -> str:
+    """Whether what was predicted of a held-out horizon came out, and what a run of the choice itself has missed."""
+    if missed:
+        return f"Not verified: a run of the first choice missed its {' and '.join(missed)}."
     if not held_out and not verified:
         return f"Not verified: {'nothing could be held out' if measured else 'nothing was measured'}."
     if not held_out:
@@ -147,6 +149,7 @@ MARKS_IN_WORDS = {
 def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
     """References that are better than the choice, or exact and faster for little more memory, said plainly."""
     depth = depth_of(rows)
+    rows = [row for row in rows if row.algorithm == "horizon"]
     exact = [row for row in rows if row.horizon == depth and row != chosen]
     references = [row for row in rows if row.reference and row.rate is not None]
     references += [row for row in exact if not row.reference and _no_larger(row, chosen)]
@@ -162,6 +165,20 @@ def _beaten(rows: Sequence[Row], chosen: Row) -> list[str]:
         best = min(near, key=lambda row: row.memory_bytes)
         return [f"Nearly as small: {name_of(best, depth)} needs {_compared(best, chosen, depth)}."]
     return []
+
+
+def _beaten_by_methods(rows: Sequence[Row], chosen: Row) -> list[str]:
+    """Other methods that are better than the choice."""
+    depth, told = depth_of(rows), []
+    for row in rows:
+        if row.reference and row.algorithm != "horizon" and row.rate is not None and _beats(row, chosen):
+            rates = f"a rate of {row.rate:.2f}"
+            rates += "" if chosen.rate is None else f" instead of {chosen.rate:.2f}"
+            told.append(
+                f"Another method beats this choice in a short run: {row.algorithm} needs "
+                f"{_compared(row, chosen, depth)}, with {rates}. A plan does not choose it: give train(algorithm=...)."
+            )
+    return told
 
 
 def _fewer_nodes(rows: Sequence[Row], chosen: Row, cost: Cost) -> list[str]:
@@ -202,7 +219,7 @@ def _nearly(row: Row, chosen: Row) -> bool:
 
 def _compared(row: Row, chosen: Row, depth: int) -> str:
     words = f"{format_bytes(row.memory_bytes)} instead of {format_bytes(chosen.memory_bytes)}"
-    if row.horizon == depth:
+    if row.algorithm == "horizon" and row.horizon == depth:
         words += ", with the exact gradient"
     if row.step_seconds and chosen.step_seconds:
         words += f", at {row.step_seconds / chosen.step_seconds:.2f} times the time per step"

@@ -102,7 +102,12 @@ def forecast(
         block_names=chain.names,
         blocks=how["blocks"] if how["blocks"] is None or isinstance(how["blocks"], str) else tuple(how["blocks"]),
         notes=(*notes, *shortfall_notes(rows, chosen, judge.objective, price)),
-        provenance={**told, "memory_counts": counts, "margin": calibration.to_dict()},
+        provenance={
+            **told,
+            "candidates": "horizons" if beside is None else "all",
+            "memory_counts": counts,
+            "margin": calibration.to_dict(),
+        },
     )
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from horizonplan.cards import Card as Card  # what a caller of replan_for_cards needs
 from horizonplan.cards import priced
-from horizonplan.choice import choose_horizon, choose_stride, find
+from horizonplan.choice import choose_horizon, choose_rated, choose_stride, find, recommend
 from horizonplan.cost import Cost, LadderCost, as_cost
 from horizonplan.curves import Curve, fit_cosine, fit_memory
 from horizonplan.objective import AccuracyConstraint, InfeasibleError, Objective, evaluate
@@ -124,7 +124,7 @@ def plan_from_measurements(
     rows = [_row(h, depth, points.get(h, {}), memory, angle) for h, memory, angle in fitted]
     rows += [_strided_row(one) for one in strided]
     price = as_cost(cost, max(1, rows[depth - 1].memory_bytes))
-    row, judged = _chosen(rows, objective, price)
+    row, judged = _chosen(rows, {}, objective, price)
     notes = _notes(judged, curves, block_bytes is not None)
     return Plan(row, judged, depth, objective, price, curves, notes=notes)
 
@@ -143,7 +143,7 @@ def replan(plan: Plan, objective: Objective | None = None, cost: Cost | None = N
     """
     objective = plan.objective if objective is None else objective
     price = as_cost(plan.cost if cost is None else cost, max(1, find(plan.rows, plan.depth, 1).memory_bytes))
-    row, rows = _chosen(plan.rows, objective, price)
+    row, rows = _chosen(plan.rows, plan.provenance, objective, price)
     notes = plan.notes if ANEW in plan.notes else (ANEW, *plan.notes)
     return replace(plan, row=row, rows=rows, objective=objective, cost=price, notes=notes)
 
@@ -204,10 +204,18 @@ def _on_card(plan: Plan, card: Card) -> str:
     return f"{card.name} ({format_bytes(card.memory_bytes)}): h={plan.horizon}, {count} of it for {plan.row.cost:g}"
 
 
-def _chosen(rows: Sequence[Row], objective: Objective, price: Cost) -> tuple[Row, tuple[Row, ...]]:
-    """The choice and the judged rows: h at stride 1, then its stride where short runs measured several."""
+def _chosen(
+    rows: Sequence[Row], how: Mapping[str, Any], objective: Objective, price: Cost
+) -> tuple[Row, tuple[Row, ...]]:
+    """The choice as the planner made it (``how``: a plan's provenance), and the judged rows."""
     judged = evaluate(rows, objective, price)
-    plain = [row for row in judged if row.stride == 1]
+    if how.get("candidates") == "all":
+        return recommend(judged, objective, price), judged
+    if how.get("accuracy") == "rollout":
+        return choose_rated(judged, objective, price), judged
+    plain = [
+        row for row in judged if row.stride == 1
+    ]  # h at stride 1, then its stride where short runs measured several
     best = choose_horizon([row for row in plain if row.feasible and not row.reference] or plain, objective, price)
     if not best.plain:
         return best, judged

@@ -96,8 +96,8 @@ def largest_micro_batch(
 
     >>> layers = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)], nn.Linear(64, 3))
     >>> batch = torch.ones(256, 64), torch.zeros(256, dtype=torch.long)
-    >>> found = largest_micro_batch(layers, batch, "1MiB")
-    >>> 1 < found.samples < 256 and found.predicted_bytes <= 2**20
+    >>> found = largest_micro_batch(layers, batch, "900KiB")
+    >>> 1 < found.samples < 256 and found.predicted_bytes <= 900 * 2**10
     True
     """
     limit_bytes, count = parse_bytes(limit, "limit"), batch_size(batch)
@@ -106,7 +106,7 @@ def largest_micro_batch(
     refuse_wrappers(model)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     with training_mode(model):
-        first = move(resized(batch, min(count, SMALL[-1])), place)
+        first = move(resized(batch, min(count, SMALL[1])), place)
         chain = Chain.from_model(model, first, blocks, loss, compute_loss, projection)
         schedule = Schedule.horizon(chain.depth, chain.depth if horizon is None else horizon, stride, recompute)
 
@@ -119,14 +119,14 @@ def largest_micro_batch(
 def _search(
     measured: Callable[[int], Profile], schedule: Schedule, count: int, batch_bytes: int, limit_bytes: int
 ) -> MicroBatch:
-    small, large = (measured(min(count, samples)) for samples in SMALL)
-    standing = large.base_bytes - round(batch_bytes * min(count, SMALL[-1]) / count)
+    sizes = SMALL if count >= SMALL[1] else (1, min(count, 2))
+    small, large = (measured(samples) for samples in sizes)
+    standing = large.base_bytes - round(batch_bytes * sizes[1] / count)
 
     def needed(parts: int, piece: Profile | None = None) -> int:
         """Bytes of a step in so many parts, of which the largest has ``piece``'s profile."""
         samples = -(-count // parts)
         if piece is None:
-            sizes = min(count, SMALL[0]), min(count, SMALL[1])
             piece = large if sizes[0] == sizes[1] else at_batch_size(small, large, sizes, samples)
         whole = replace(piece, base_bytes=standing + batch_bytes)
         return step_bytes(schedule, whole) if parts == 1 else accumulated_bytes(schedule, whole, piece)

@@ -72,8 +72,10 @@ class Plan:
     def verified(self) -> bool:
         """Whether the held-out measurements came out as predicted, or every horizon was measured.
 
-        A plan of which nothing was measured is not verified.
+        A plan of which nothing was measured is not verified, nor is one that missed in :func:`horizonplan.verify`.
         """
+        if self.provenance.get("missed"):
+            return False
         if self.held_out:
             return all(test.ok for test in self.held_out)
         return all(row.memory_source == "measured" for row in self.rows if row.stride == 1 and row.plain)
@@ -157,7 +159,8 @@ class Plan:
         if "probing_steps" in known:
             how += " " + probing_in_words(known["probing_steps"], known["probing_seconds"])
         measured = any(row.memory_source == "measured" for row in self.rows)
-        told = [*([how] if how else []), tested_in_words(self.held_out, self.verified, measured), *self.notes]
+        tested = tested_in_words(self.held_out, self.verified, measured, known.get("missed", ()))
+        told = [*([how] if how else []), tested, *self.notes]
         return explain(self.rows, self.row, self.objective, self.cost, told)
 
     def table(self) -> str:

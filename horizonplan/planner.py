@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from horizonplan.algorithms import Algorithm
 from horizonplan.batch import ComputeLoss, LossFunction, as_device, as_loader, move, nbytes
 from horizonplan.candidates import Room
 from horizonplan.chain import Chain
@@ -24,6 +25,7 @@ from horizonplan.decide import Decision, decide_memory, decide_stride, next_best
 from horizonplan.devices import ASSUMED, Calibration, Card, check_calibration, parse_device
 from horizonplan.forecast import CosineFrom, forecast
 from horizonplan.horizons import first_horizons
+from horizonplan.methods import check_methods, with_methods
 from horizonplan.objective import AccuracyConstraint, Objective
 from horizonplan.plan import Plan
 from horizonplan.probes.budget import Budget, available_bytes, taken
@@ -70,6 +72,7 @@ def plan_horizon(
     calibration: Calibration = ASSUMED,
     accuracy: str = "cosine",
     rollout_budget: float = 800,
+    methods: Sequence[Algorithm] = (),
 ) -> Plan:
     """Choose how far ahead each block's gradient should look, from measurements on this model and data.
 
@@ -116,6 +119,8 @@ def plan_horizon(
             ``"rollout"``: every candidate that may win is run for a few steps, and those that still may for more
             (:func:`horizonplan.racing.race`).
         rollout_budget: what those runs may take, in steps of back-propagation; never exceeded.
+        methods: other ways of training (``horizonplan.algorithms.SGR(modules=3)``, say) to measure beside the table:
+            memory, time, and with ``rollout_steps`` real steps their rate. They are references: never chosen.
 
     Raises:
         InfeasibleError: no candidate meets the objective; ``.nearest`` is the row that misses it by least.
@@ -128,6 +133,7 @@ def plan_horizon(
     _check(candidates, strides, rollout_steps, batches, objective, memory, probe_steps)
     _check_rollouts(accuracy, rollout_steps, rollout_budget)
     check_calibration(calibration)
+    check_methods(methods)
     refuse_wrappers(model)
     card, loader = parse_device(device), as_loader(data, shuffle=True, seed=seed)
     how: dict[str, Any] = {"blocks": blocks, "loss": loss, "compute_loss": compute_loss, "projection": projection}
@@ -136,13 +142,14 @@ def plan_horizon(
     weighed = (1, 2, "horizon") if everything and tuple(strides) == DEFAULT_STRIDES else tuple(strides)
     judge = Judge(objective, cost, weighed, everything, room)
     if card is not None and card.kind == "simulated":
-        if accuracy != "cosine":
-            raise ValueError("accuracy='rollout': nothing can be run on a simulated device; leave it out.")
+        if accuracy != "cosine" or methods:
+            name = "methods" if methods else "accuracy='rollout'"
+            raise ValueError(f"{name}: nothing can be run on a simulated device; leave it out.")
         with _own_generator(loader), seeded(seed, rng_devices(model)):
             return forecast(model, loader, card, judge, how, batches, optimizer, cosine_from, calibration, seed)
     if cosine_from is not None:
         raise ValueError("cosine_from is for simulated devices: on this one cosines are measured; leave it out.")
-    report, started = reporter(progress, total=4), time.perf_counter()
+    report, started = reporter(progress, total=5 if methods else 4), time.perf_counter()
     with (
         _moved(model, card, device) as place,
         _own_generator(loader),
@@ -164,14 +171,18 @@ def plan_horizon(
         beside = probing.alternatives() if everything else None
         report(f"memory and cosine at {len(places)} horizons")
         judge = replace(judge, node_bytes=_node_bytes(place, card), beside=beside)
+        stream = Stream(loader)
         found = settle(probing, judge, places, 0 if accuracy == "rollout" else probe_steps)
         if accuracy == "rollout":
             report(f"rollouts of up to {rollout_steps} steps or more")
-            decision = decide_by_rollouts(probing, found, Stream(loader), rollout_steps, rollout_budget, seed)
+            decision = decide_by_rollouts(probing, found, stream, rollout_steps, rollout_budget, seed)
         else:
-            decision = _by_cosine(probing, found, loader, rollout_steps, seed, everything, report)
+            decision = _by_cosine(probing, found, stream, rollout_steps, seed, everything, report)
         report("memory of the choice")
         decision = _with_memory(probing, found.judge, decision, everything, accuracy)
+        if methods:
+            report(f"{len(methods)} other method{'s' if len(methods) > 1 else ''}")
+            decision = with_methods(decision, methods, probing, found.judge, stream, rollout_steps, seed)
         report(None)
     rows, chosen = decision.rows, decision.row
     price = found.judge.price(rows)
@@ -192,6 +203,8 @@ def plan_horizon(
         provenance={
             **circumstances(chain, probing.biggest, optimizer, seed, str(device if card else place)),
             **measurements(probing.samples, decision.rolled),
+            "candidates": candidates,
+            "accuracy": accuracy,
             "memory_counts": memory,
             "nvml_fallback": driver.fallback,
             "probing_steps": spent,
@@ -258,7 +271,7 @@ def _chain(
 def _by_cosine(
     probing: Probing,
     found: Settled,
-    loader: Iterable[Any],
+    stream: Stream,
     rollout_steps: int,
     seed: int,
     everything: bool,
@@ -275,7 +288,7 @@ def _by_cosine(
         report(f"short runs at h={chosen.horizon}")
     else:
         report(f"no short runs: the first stride at h={chosen.horizon}")
-    order = taken(loader, rollout_steps) if rollout_steps else []
+    order = [stream.batch(stream.place(i)) for i in range(rollout_steps)]
     decide = decide_with_runs if everything else decide_stride
     return decide(probing, found, chosen, order, rollout_steps, seed)
 

@@ -14,7 +14,7 @@ class Row:
     """A candidate or a reference of a plan. None stands for a number nobody has.
 
     Attributes:
-        algorithm: The method's name.
+        algorithm: The method's name; ``"horizon"`` for windows of one horizon and stride.
         horizon: Blocks h that a gradient looks ahead, 1 <= stride <= horizon.
         stride: Blocks s between the starts of two windows.
         recompute: Activation checkpointing every so many blocks, 0 for none.

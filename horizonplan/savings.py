@@ -17,7 +17,7 @@ class Saving:
         nodes: how many suffice.
         instead_of: how many the choice takes.
         node: what they are: a card's name, or a node's memory.
-        row: what to train with then: of what needs no more nodes, the row of the largest rate.
+        row: what to train with then: of what costs no more, the row of the largest rate.
         cost: what is saved, in the cost function's unit.
     """
 
@@ -42,24 +42,17 @@ def savings(rows: Sequence[Row], chosen: Row, cost: Cost) -> tuple[Saving, ...]:
     if (now := nodes_of(cost, chosen.memory_bytes)) is None:
         return ()
     spent = float(cost(chosen.memory_bytes))
-    best: dict[tuple[int, str], Row] = {}
-    for row in rows:
+    able = [row for row in rows if row.rate is not None and row.fits is not False and cost(row.memory_bytes) < spent]
+    able.sort(key=lambda row: (cost(row.memory_bytes), *(-part for part in _worth(row))))
+    found: list[Saving] = []
+    for row in able:  # the cheapest first, and of those the best
         needs = nodes_of(cost, row.memory_bytes)
-        if needs is None or row.rate is None or float(cost(row.memory_bytes)) >= spent:
-            continue
-        if needs not in best or _better(row, best[needs]):
-            best[needs] = row
-    found = [
-        Saving(count, now[0], node, row, spent - float(cost(row.memory_bytes))) for (count, node), row in best.items()
-    ]
-    return tuple(sorted(found, key=lambda saving: saving.cost))
+        if needs is not None and (not found or _worth(row)[0] > _worth(found[-1].row)[0]):
+            found.append(Saving(needs[0], now[0], needs[1], row, spent - float(cost(row.memory_bytes))))
+    return tuple(reversed(found))
 
 
-def _better(row: Row, other: Row) -> bool:
+def _worth(row: Row) -> tuple[float, float, float]:
     """The larger rate; then the shorter step, then the fewer bytes."""
-    return _key(row) > _key(other)
-
-
-def _key(row: Row) -> tuple[float, float, float]:
     slow = float("inf") if row.step_seconds is None else row.step_seconds
     return row.rate or 0.0, -slow, -float(row.memory_bytes)

@@ -29,18 +29,12 @@ WITHOUT = "No candidate whose rate is known is feasible: the choice was made amo
 
 
 def best(rows: Sequence[Row], judge: Judge) -> Row:
-    """What is recommended of a table: a row whose rate is known, if one of them is feasible. Never another method's.
+    """What is recommended of a table; see :func:`horizonplan.choice.recommend`.
 
     Raises:
         InfeasibleError: no candidate is feasible.
     """
-    price = judge.price(rows)
-    rows = [row for row in rows if row.algorithm == "horizon"]
-    known = [row for row in rows if row.rate is not None]
-    try:
-        return recommend(known, judge.objective, price)
-    except ValueError:
-        return recommend(rows, judge.objective, price)
+    return recommend(rows, judge.objective, judge.price(rows))
 
 
 def decide_with_runs(

@@ -18,6 +18,7 @@ from horizonplan.batch import batch_size
 from horizonplan.candidates import schedule_of
 from horizonplan.frontier import dominates
 from horizonplan.precision import autocast
+from horizonplan.probes.pieces import check_pieces
 from horizonplan.probes.steady import optimizer_for, restored, standing_bytes, trainable
 from horizonplan.probes.tracker import LiveBytes
 
@@ -75,6 +76,7 @@ def test_only_what_is_exact_is_called_so(made):
             assert (row.cosine, row.rate, row.rate_source) == (None, None, "unmeasured")
 
 
+@pytest.mark.slow
 def test_bytes_of_all_rows_are_those_of_real_steps(made):
     model, data, plan = made
     chain = hp.Chain.from_model(model.train(), data[0])
@@ -132,6 +134,37 @@ def test_parts_that_have_another_gradient_are_not_called_exact(norm, message):
     assert plan.micro_batches == 1
 
 
+class Tied(nn.Module):
+    """As GPT-2 begins: small weights, tied ones, so that the loss of every token is about ln V."""
+
+    def __init__(self, words=50, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(width, words, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("valid", [[8, 8, 8, 8], [8, 7, 1, 2]])
+def test_a_mean_over_valid_tokens_is_seen_through_although_all_losses_are_alike(valid):
+    torch.manual_seed(0)
+    ids, words = torch.randint(0, 50, (2, 4, 8))
+    for row, count in enumerate(valid):
+        words[row, count:] = -100
+    chain = hp.Chain.from_model(Tied(), (ids, words), loss=lambda o, t: nn.functional.cross_entropy(o.mT, t))
+    if len(set(valid)) == 1:
+        return check_pieces(chain, (ids, words), 2)
+    with pytest.raises(ValueError, match="gradient at the head differs by"):
+        check_pieces(chain, (ids, words), 2)
+
+
 OBJECTIVES = {
     "accuracy": (hp.AccuracyConstraint(0.3), hp.LadderCost(1.0, 4000)),
     "weighted": (hp.Weighted(0.3), None),
@@ -140,6 +173,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_choice_is_on_the_frontier_and_was_measured(name):
     model, data = task()
@@ -154,6 +188,7 @@ def test_the_choice_is_on_the_frontier_and_was_measured(name):
     assert plan.row.objective == best
 
 
+@pytest.mark.slow
 def test_within_a_limit_the_exact_gradient_is_had_in_some_way_and_the_plan_says_which(made):
     model, data, free = made
     assert (free.row.exact, free.recompute) == (True, 0)
@@ -211,6 +246,7 @@ def test_training_takes_the_plan_s_micro_batches_and_precision(made):
         hp.train(model, data, plan=low, fused=True, progress=False)
 
 
+@pytest.mark.slow
 def test_bf16_is_left_out_where_the_model_does_not_run_under_it():
     class Picky(ResidualMLP):
         def forward(self, x):

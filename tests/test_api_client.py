@@ -68,7 +68,7 @@ def test_refusals_are_told_in_words(client):
     with pytest.raises(ServiceError) as refused:
         client.get_plan("../../livez")
     assert refused.value.status == 404
-    with pytest.raises(ValueError, match="is code of yours"):
+    with pytest.raises(ValueError, match="is none that a service takes"):
         client.plan(*POINTS, cost=lambda size: 1.0)
 
 

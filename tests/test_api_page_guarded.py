@@ -192,8 +192,8 @@ def test_a_network_in_words(architecture, words):
 def test_exact_alternatives_stand_beside_the_frontier(app, client):
     """Triangles in the picture, above the line that none of them is on; and a table of their memory and time."""
     thrifty = Row(
-        horizon=4, stride=1, recompute=2, memory_bytes=15 * 2**20, memory_source="predicted", cosine=1.0, rate=1.0,
-        step_seconds=0.25, step_seconds_source="predicted", reference=True,
+        horizon=4, stride=1, recompute=2, memory_bytes=15 * 2**20, memory_source="predicted", cosine=1.0,
+        cosine_source="derived", rate=1.0, step_seconds=0.25, step_seconds_source="predicted", reference=True,
     )  # fmt: skip
     with app.state.database.write() as connection:
         plan_id = plans.store(connection, replace(PLAN, rows=(*PLAN.rows, thrifty)))

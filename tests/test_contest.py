@@ -129,6 +129,7 @@ def test_a_plan_by_rollouts(objective, few):
     assert "Rates were measured by rollouts" in plan.explain()
 
 
+@pytest.mark.slow
 def test_among_all_candidates_no_other_dominates_the_raced_choice():
     model, data = task()
     kwargs = {"accuracy": "rollout", "rollout_steps": 8, "rollout_budget": 60, "candidates": "all"}
@@ -155,6 +156,7 @@ def test_measured_rates_in_a_plan_are_those_of_a_rollout():
         assert hp.probes.rollout(chain, data, [(h, s)], detail["steps"], sgd)[0].value == detail["rate"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_plan_and_the_price_is_what_was_dispatched():
     plans = []
     for _ in range(2):

@@ -30,7 +30,10 @@ def seen_bytes(model, batch, schedule, parts):
     return base + tracker.peak
 
 
-@pytest.mark.parametrize(("horizon", "stride", "recompute"), [(None, 1, 0), (2, 2, 0), (2, 1, 0), (None, 1, 2)])
+@pytest.mark.parametrize(
+    ("horizon", "stride", "recompute"),
+    [(None, 1, 0), *(pytest.param(*way, marks=pytest.mark.slow) for way in ((2, 2, 0), (2, 1, 0), (None, 1, 2)))],
+)
 def test_what_is_found_fits_and_the_next_larger_does_not(horizon, stride, recompute):
     model, batch = task()
     schedule = hp.Schedule.horizon(DEPTH, horizon or DEPTH, stride, recompute)
@@ -67,6 +70,18 @@ def test_small_batches_need_no_lines(samples):
     model, (x, y) = task()
     found = hp.largest_micro_batch(model, (x[:samples], y[:samples]), "1GiB")
     assert (found.samples, found.parts) == (samples, 1)
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_small_batches_are_split_too(samples):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+    batch = torch.randn(samples, 2048, 8), torch.randn(samples, 2048, 3)
+    schedule = hp.Schedule.exact(4)
+    sizes = [seen_bytes(model, batch, schedule, parts) for parts in range(1, samples + 1)]
+    assert sizes == sorted(sizes, reverse=True)
+    for parts, size in enumerate(sizes, 1):
+        found = hp.largest_micro_batch(model, batch, size)
+        assert (found.parts, found.predicted_bytes) == (parts, pytest.approx(size, abs=8))  # a scalar or two
 
 
 def test_a_batch_without_samples_is_refused():

@@ -582,7 +582,7 @@ def test_killed_study_loses_no_finished_trial(tmp_path, workers):
 
 @pytest.mark.slow
 def test_two_processes_share_a_database():
-    with postgresql() as url:
+    with postgresql() as (url, _):
         both = [started(url, 6, 1) for _ in range(2)]
         outputs = [process.communicate(timeout=300) for process in both]
         assert [output.strip() for output, _ in outputs] == ["6", "6"], outputs

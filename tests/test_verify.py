@@ -1,5 +1,6 @@
 """``verify`` agrees with what the probes measure, and says so when a plan promised something else."""
 
+import copy
 import dataclasses
 import gc
 import math
@@ -8,10 +9,13 @@ import pytest
 import torch
 from families import ResidualMLP, classes
 from test_probes import Interrupted, interrupt, unchanged
+from torch import nn
 
 import horizonplan as hp
+from horizonplan.candidates import with_measured_bytes
 from horizonplan.probes import Sample
-from horizonplan.verify import Check, Report, _at_least, _in_time
+from horizonplan.probes.budget import Budget
+from horizonplan.verify import Beside, Check, Report, _at_least, _in_time
 
 DEPTH = 4
 
@@ -117,9 +121,12 @@ def test_time_is_compared_with_back_propagation_s_in_the_same_run(plan):
         row=dataclasses.replace(plan.row, step_seconds=2.0),
         rows=[dataclasses.replace(row, step_seconds=1.0) for row in plan.rows],
     )
-    assert [_in_time(slow, seconds, 0.01).ok for seconds in (0.02, 0.0249, 0.0251, 2.0)] == [True, True, False, False]
+    exact = hp.Row(horizon=DEPTH, memory_bytes=1, step_seconds=1.0)
+    took = [Beside(exact, seconds, 0.01) for seconds in (0.02, 0.0249, 0.0251, 2.0)]
+    assert [_in_time(slow, beside).ok for beside in took] == [True, True, False, False]
+    unclocked = dataclasses.replace(exact, step_seconds=None)
     clockless = dataclasses.replace(slow, rows=[dataclasses.replace(row, step_seconds=None) for row in slow.rows])
-    assert [_in_time(clockless, seconds, 0.01).ok for seconds in (2.4, 2.6)] == [True, False]
+    assert [_in_time(clockless, Beside(unclocked, seconds, 0.01)).ok for seconds in (2.4, 2.6)] == [True, False]
 
 
 def test_what_is_not_known_is_not_judged(plan):
@@ -138,6 +145,85 @@ def test_a_recomputing_plan_is_verified_with_recompute(plan):
     chain = hp.Chain.from_model(model, data[0])
     wanted = hp.probes.memory(chain, data, [DEPTH], optimizer=fast, recompute=1)[0].value
     assert hp.verify(chosen, model, data, steps=2, optimizer=fast).memory.measured == wanted
+
+
+class Normed(ResidualMLP):
+    """Micro-batches have other gradients: the norm couples the samples."""
+
+    def __init__(self):
+        super().__init__(DEPTH, width=12, p=0.0, norm=False)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize(("parts", "precision"), [(1, "fp32"), (4, "fp32"), (1, "bf16")])
+def test_the_rate_is_that_of_the_plan_s_own_steps(plan, parts, precision):
+    """The oracle: two training loops written out."""
+    _, data = task()
+    torch.manual_seed(0)
+    model = Normed()
+    start = copy.deepcopy(model.state_dict())
+    row = hp.Row(horizon=DEPTH, memory_bytes=10**6, micro_batches=parts, precision=precision)
+    plain = dataclasses.replace(plan.rows[0], horizon=DEPTH, cosine=1.0, cosine_source="derived", step_seconds=1.0)
+    rows = (plain, *([row] if row.micro_batches > 1 or precision != "fp32" else []))
+    given = dataclasses.replace(plan, row=rows[-1], rows=rows, provenance={})
+    report = hp.verify(given, model, data, steps=5, optimizer=fast)
+
+    def losses(micro, bf16):
+        model.load_state_dict(start)
+        made, found = fast(model.parameters()), []
+        for x, y in data:
+            made.zero_grad()
+            total = 0.0
+            for piece, target in zip(x.chunk(micro), y.chunk(micro), strict=True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = nn.functional.cross_entropy(model(piece), target) / micro
+                loss.backward()
+                total += loss.item()
+            made.step()
+            found.append(total)
+        return found
+
+    model.load_state_dict(start)
+    with torch.no_grad():
+        initial = nn.functional.cross_entropy(model(data[-1][0]), data[-1][1]).item()
+    ours, exact = losses(parts, precision == "bf16")[-1], losses(1, False)[-1]
+    assert report.rate.measured == pytest.approx(math.log(ours / initial) / math.log(exact / initial), rel=1e-4)
+    assert (ours == exact) == (parts == 1 and precision == "fp32")
+
+
+def test_where_back_propagation_does_not_fit_another_exact_step_runs_beside_the_plan(plan):
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) for _ in range(6))
+    model = nn.Sequential(*blocks, nn.Linear(32, 4))
+    data = [(torch.randn(256, 32), torch.randint(0, 4, (256,))) for _ in range(3)]
+    chain = hp.Chain.from_model(model, data[0])
+    limit = round(0.75 * hp.probes.memory(chain, data, [6])[0].value)
+    made = hp.plan_horizon(
+        model, data, objective=hp.MemoryLimit(limit), rollout_steps=0, device=f"emulated:{limit}", progress=False
+    )
+    with Budget(limit) as budget:
+        budget.hold(list(model.parameters()), list(model.buffers()))
+        report = hp.verify(made, model, data, steps=4)
+    assert made.horizon < 6
+    assert report.memory.ok
+    assert report.time.measured > 0
+    assert math.isfinite(report.rate.measured)
+
+
+def test_larger_batches_than_the_plan_s_are_refused(plan):
+    model, data = task()
+    with pytest.raises(ValueError, match="batches have 32 samples, and the plan was made for 16"):
+        hp.verify(plan, model, [(torch.cat([x, x]), torch.cat([y, y])) for x, y in data])
+
+
+def test_measured_bytes_count_against_a_limit_on_the_device_too():
+    row = hp.Row(horizon=2, memory_bytes=100, device_bytes=130, nvml_bytes=120, fits=True, rate=0.5)
+    seen = with_measured_bytes(row, 300)
+    assert (seen.memory_bytes, seen.device_bytes, seen.nvml_bytes) == (300, 330, 320)
+    assert hp.MemoryLimit(160).shortfall_of(seen, 1.0) > 0
 
 
 def test_noise_is_forgiven_and_a_shortfall_is_not():

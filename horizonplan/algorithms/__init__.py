@@ -1,15 +1,31 @@
 """Training methods, one idea a file; any of them goes into ``horizonplan.train(..., algorithm=...)``."""
 
 from horizonplan.algorithms.base import Algorithm, GradientMethod
+from horizonplan.algorithms.diagnose import input_effects
+from horizonplan.algorithms.etf import SimplexETF
+from horizonplan.algorithms.heads import Place
+from horizonplan.algorithms.infopro import InformationPropagation
+from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
+from horizonplan.algorithms.naming import short_name
+from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
 
 __all__ = [
+    "DGL",
+    "SGR",
     "Algorithm",
     "BackPropagation",
     "Fixed",
     "GradientMethod",
     "Horizon",
+    "InfoPro",
+    "InformationPropagation",
     "LoCo",
     "LocalLearning",
+    "Place",
+    "SimplexETF",
     "Windows",
+    "greedy",
+    "input_effects",
+    "short_name",
 ]

@@ -17,13 +17,14 @@ from horizonplan.batch import (
     default_loss,
     model_inputs,
     resolve_loss,
+    scalar,
     signature,
     target_of,
     tensors,
 )
 from horizonplan.chain.calls import finite, quiet, regrouped, without_cache
 from horizonplan.chain.find import Found, find_blocks, named_blocks, refuse_layer_drop
-from horizonplan.chain.head import HeadOnly
+from horizonplan.chain.head import HeadOnly, OutputOnly
 from horizonplan.chain.slots import Output, Slot
 from horizonplan.chain.trace import WAYS_OUT, ChainError, Layout, Shapes, record_shapes, repeated, trace
 from horizonplan.projection import Projection, project
@@ -186,6 +187,23 @@ class Chain:
     def loss(self, batch: Any) -> Tensor:
         """The model's loss on a batch, by its own forward: ``loss(batch).backward()`` is back-propagation."""
         return self._compute(self.model, batch)
+
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        """The loss of an output that something else made in the model's place (an auxiliary head, say).
+
+        Args:
+            output: what a call of the model would return.
+            batch: the batch, for its target.
+
+        Raises:
+            ValueError: the loss needs more of the model than its output.
+        """
+        try:
+            return scalar(self._compute(OutputOnly(output), batch))
+        except AttributeError as error:
+            raise ValueError(
+                f"loss: it reads more of the model than its output ({error}); give a loss of its own."
+            ) from error
 
     def check(self, batch: Any, name: str = "this batch") -> None:
         """Try the model's forward and loss on a batch, changing nothing.

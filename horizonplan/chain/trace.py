@@ -74,6 +74,18 @@ class Layout:
         """Block ``t``'s parameters with those of what runs before it, the stem's excepted."""
         return [*self.block[t], *(self.before[t] if t > 0 else [])]
 
+    def learn_head(self, loss: Tensor, known: set[int]) -> None:
+        """The first step of a chain built by hand: a callable head or loss may read parameters of its own.
+
+        Args:
+            loss: the terminal loss, whose graph ends at the last state.
+            known: ids of tensors that are no parameters of the head.
+        """
+        known = known | {id(p) for p in self.head}
+        self.head += [leaf for leaf, _ in walk(loss, 0) if isinstance(leaf, nn.Parameter) and id(leaf) not in known]
+        self.shared = repeated([*self.block, *self.before, self.head])
+        self.traced = True
+
     @property
     def uniform(self) -> bool:
         """Whether all states after the first have one shape in every batch seen."""

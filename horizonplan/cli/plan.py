@@ -124,9 +124,9 @@ def plan(
         except ServiceError:
             _hand_over(made, out, plot, json)  # what was measured is not lost
             raise
+    _hand_over(made, out, plot, json)
     if plot_frontier is not None:
         made.plot_frontier(plot_frontier)
-    _hand_over(made, out, plot, json)
 
 
 def _cost(unit_cost: float, node_memory: str | None, ladder: bool, cards: list[str], prices: list[float]) -> Cost:

@@ -20,7 +20,7 @@ from horizonplan.batch import scalar
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import Ambient, BufferLog, Buffers, handler, intercept, rng_devices, scratch_buffers
 from horizonplan.chain.slots import Output
-from horizonplan.chain.trace import ChainError, Shapes, repeated, standin, walk
+from horizonplan.chain.trace import ChainError, Shapes, standin
 from horizonplan.gradient.sums import Sums
 from horizonplan.schedule import Drop, Loss, Op, Pull, Rerun, Run
 
@@ -283,7 +283,7 @@ class Step:
         with Ambient.off():
             state = self.states[depth]
             if not self.layout.traced:
-                self._trace_head(loss, state)
+                self.layout.learn_head(loss, {id(p) for p in (*self.sums.alias.values(), state)})
             pulls = depth - 1 in self.pulled
             wanted = [*self.sums.inputs(self.layout.head), *([state] if pulls else [])]
             if wanted and loss.requires_grad:
@@ -298,15 +298,6 @@ class Step:
                 self._do(rest)
                 self._done()
         return result
-
-    def _trace_head(self, loss: Tensor, state: Tensor) -> None:
-        """The first step of a chain built by hand: a callable head or loss may read parameters of its own."""
-        layout = self.layout
-        known = {id(p) for p in (*layout.head, *self.sums.alias.values(), state)}
-        found = [leaf for leaf, _ in walk(loss, 0) if isinstance(leaf, nn.Parameter) and id(leaf) not in known]
-        layout.head += found
-        layout.shared = repeated([*layout.block, *layout.before, layout.head])
-        layout.traced = True
 
     def _backward_loss(self, loss: Tensor, inputs: Sequence[Tensor]) -> None:
         with Ambient.off():

@@ -2,10 +2,11 @@
 
 from horizonplan.probes.cosine import cosine
 from horizonplan.probes.memory import memory
+from horizonplan.probes.method import method
 from horizonplan.probes.profile import Profile, profile
 from horizonplan.probes.rate import rollout
 from horizonplan.probes.sample import Sample
 from horizonplan.probes.time import time
 from horizonplan.probes.tracker import Flops, LiveBytes
 
-__all__ = ["Flops", "LiveBytes", "Profile", "Sample", "cosine", "memory", "profile", "rollout", "time"]
+__all__ = ["Flops", "LiveBytes", "Profile", "Sample", "cosine", "memory", "method", "profile", "rollout", "time"]

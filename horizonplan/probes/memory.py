@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -175,36 +176,42 @@ def _peak(
     warm: Schedule | None,
     micro_batches: int,
 ) -> tuple[int, dict[str, Any]]:
+    make = partial(step, chain, batch, schedule, optimizer, micro_batches)
     if chain.device.type == "cuda":
-        return _peak_on_cuda(chain, batch, schedule, optimizer, micro_batches)
+        return peak_on_cuda(chain, batch, make, optimizer)
     if warm is not None:
         step(chain, batch, warm, optimizer, micro_batches)
         optimizer.zero_grad(set_to_none=True)
     base = standing_bytes(chain, optimizer, batch)
     with LiveBytes() as tracker:
-        step(chain, batch, schedule, optimizer, micro_batches)
+        make()
     return base + tracker.peak, {"how": "live storages", "base_bytes": base}
 
 
-def _peak_on_cuda(
-    chain: Chain, batch: Any, schedule: Schedule, optimizer: torch.optim.Optimizer, micro_batches: int
+def peak_on_cuda(
+    chain: Chain,
+    batch: Any,
+    make: Callable[[], object],
+    optimizer: torch.optim.Optimizer,
+    extra: nn.Module | None = None,
 ) -> tuple[int, dict[str, Any]]:
+    """The allocator's peak over steps that ``make`` makes, and how it was had; in this process."""
     device = chain.device
     for _ in range(WARM_STEPS):
-        step(chain, batch, schedule, optimizer, micro_batches)
+        make()
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before, retries = torch.cuda.memory_allocated(device), torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
     for _ in range(COUNTED_STEPS):
-        step(chain, batch, schedule, optimizer, micro_batches)
+        make()
     torch.cuda.synchronize(device)
     seen = read(device)
     unknown = replace(seen, used_bytes=None, peak_bytes=None)  # no reading of this process is older than its context
     nvml_bytes, how = seen_bytes(unknown, seen)
     optimizer.zero_grad(set_to_none=True)
-    base = standing_bytes(chain, optimizer, batch)
+    base = standing_bytes(chain, optimizer, batch, extra)
     detail = {
         "how": "max_memory_allocated",
         "base_bytes": base,

@@ -53,6 +53,7 @@ def rollout(
     if steps < 1:
         raise ValueError(f"steps={steps!r}: give a whole number >= 1.")
     runs = Runs(chain, Stream(batches), optimizer, seed, recompute, micro_batches, room_bytes=0)
+    runs.check_parts()
     last = range(steps - tail_of(steps), steps)
     start, exact = runs.start(last), runs.advance((chain.depth, 1), steps)
     advance()

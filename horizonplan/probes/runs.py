@@ -95,7 +95,7 @@ class Runs:
         seed: seed of torch's generators at each run's start; a run of order k has ``seed + k``.
         recompute: activation checkpointing for a schedule: the same gradient in less memory.
         micro_batches: parts of a batch whose gradients are accumulated.
-        host_bytes: host memory for runs that wait; ``None``: a quarter of the machine's.
+        room_bytes: host memory for runs that wait; ``None``: a quarter of the machine's.
 
     Attributes:
         stepped: steps taken so far, by horizon and stride, those taken again included.
@@ -118,8 +118,15 @@ class Runs:
         self._size = COPIES * sum(p.nbytes for p in chain.parameters())
         self._runs: dict[tuple[Pair, int], _Run] = {}
         self._starts: dict[tuple[range, int], list[float]] = {}
-        if micro_batches > 1:
-            check_pieces(chain, move(data.batch(data.place(0)), chain.device), micro_batches)
+
+    def check_parts(self) -> None:
+        """See that accumulating gives the batch's own gradient.
+
+        Raises:
+            ValueError: it does not; see :func:`horizonplan.probes.pieces.check_pieces`.
+        """
+        if self.micro_batches > 1:
+            check_pieces(self.chain, move(self.data.batch(self.data.place(0)), self.chain.device), self.micro_batches)
 
     def missing(self, pair: Pair, steps: int, order: int = 0) -> int:
         """Steps that :meth:`advance` would take, those taken again included."""

@@ -14,8 +14,8 @@ class Sample:
     Args:
         quantity: ``"memory"``, ``"cosine"``, ``"time"`` or ``"rate"``.
         unit: ``"bytes"``, ``"seconds"`` or ``"1"``.
-        horizon: h.
-        stride: s.
+        horizon: h; 0 for a method without horizons.
+        stride: s; likewise.
         value: the number.
         stderr: its standard error over batches or repeats; ``None`` where there is only one.
         source: ``"measured"``, or how else it came about.

@@ -150,6 +150,11 @@ def trainable(chain: Chain) -> list[nn.Parameter]:
     return [p for p in chain.parameters() if p.requires_grad]
 
 
-def standing_bytes(chain: Chain, optimizer: Optimizer, batch: Any) -> int:
-    """Bytes alive when a step begins: parameters, buffers, optimiser state and the batch."""
-    return own_bytes(list(chain.parameters()), list(chain.model.buffers()), dict(optimizer.state)) + nbytes(batch)
+def standing_bytes(chain: Chain, optimizer: Optimizer, batch: Any, extra: nn.Module | None = None) -> int:
+    """Bytes alive when a step begins: parameters, buffers, optimiser state and the batch.
+
+    ``extra``: auxiliary heads, which count too.
+    """
+    besides = [] if extra is None else [*extra.parameters(), *extra.buffers()]
+    own = own_bytes(list(chain.parameters()), list(chain.model.buffers()), besides, dict(optimizer.state))
+    return own + nbytes(batch)

@@ -39,7 +39,7 @@ def time(
         steps = [partial(step, chain, batch, schedule, made, micro_batches) for schedule in schedules]
         rounds = in_turn(steps, chain.device, repeats)
     return [
-        Sample("time", "seconds", *pair, statistics.median(values), _stderr(values), detail={"rounds": tuple(values)})
+        Sample("time", "seconds", *pair, statistics.median(values), stderr_of(values), detail={"rounds": tuple(values)})
         for pair, values in zip(pairs, rounds, strict=True)
     ]
 
@@ -65,5 +65,6 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return perf_counter() - start
 
 
-def _stderr(values: list[float]) -> float | None:
+def stderr_of(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; ``None`` for fewer than two values."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -149,8 +149,8 @@ def _claim(rows: Sequence[dict[str, Any]], powers: Sequence[dict[str, Any]], kin
         found=(
             f"At T = {last} the power is {pm(_of(powers, kind, last, 'near'))}. Over h/T from {WIDE[0]:g} to "
             f"{WIDE[1]:g} it is {wide[first]} at T = {first} and {wide[last]} at T = {last}. At h/T = {WIDE[0]:g}, "
-            f"1 - cos² goes from {size[first]:.2e} to {size[last]:.2e}, that is to {size[last] / size[first]:.2g} of it, "
-            f"where T grows by {last / first:g}."
+            f"1 - cos² goes from {size[first]:.2e} to {size[last]:.2e}, that is to {size[last] / size[first]:.2g} of "
+            f"it, where T grows by {last / first:g}."
         ),
         verdict=judge(off <= CLOSE, off <= ROUGH),
     )

@@ -109,7 +109,8 @@ class Trainer(Options):
         names = [*self.model.named_parameters(), *run.extra.named_parameters()]
         stack.enter_context(group.hooked(run.optimizer, names))
         report = Reporter(self.progress, self.epochs, active=group.rank == 0)
-        loop = Loop(run, self, compute, val_data, Attempts(run, self, Undo(self.model, devices)), asked, report)
+        attempts = Attempts(run, self, Undo(nn.ModuleList([self.model, run.extra]), devices))
+        loop = Loop(run, self, compute, val_data, attempts, asked, report)
         done = False
         try:
             loop.train()
@@ -176,7 +177,7 @@ class Trainer(Options):
             extra,
             self._scheduler(optimizer),
             stream,
-            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, cosine_every),
+            Watch(chain, self.plan, lambda kind, **values: None, self.watch_every, cosine_every, extra),
             Log(),
             list(self.callbacks),
             folder,

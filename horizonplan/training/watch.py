@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from horizonplan.algorithms import Algorithm, Windows
 from horizonplan.chain import Chain
@@ -41,6 +42,7 @@ class Watch:
         tell: receives events ``(kind, **values)``.
         memory_every: steps between two measurements of the peak on CPU; 0: only the first two steps.
         cosine_every: steps between two measurements of the cosine; 0: never.
+        extra: what the methods train besides the model.
         peak_bytes: the largest peak so far. On CPU that of tracked steps, the first one left out if there are more
             (it makes the optimiser's state), and 0 with compiled blocks; on CUDA the allocator's.
     """
@@ -50,6 +52,7 @@ class Watch:
     tell: Callable[..., None]
     memory_every: int = 100
     cosine_every: int = 0
+    extra: nn.Module | None = None
     peak_bytes: int = 0
     steps: int = 0
     warned: set[str] = field(default_factory=set)
@@ -73,7 +76,7 @@ class Watch:
         if compiled or not due:  # the compiler gives up for good on code that it first meets under a tracker
             return call()
         clear()
-        base = standing_bytes(self.chain, optimizer, batch)
+        base = standing_bytes(self.chain, optimizer, batch, self.extra)
         with LiveBytes() as tracker:
             found = call()
         if step == 1:

@@ -1,0 +1,129 @@
+"""Auxiliary heads: what turns a module's output into scores for its local loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from horizonplan.algorithms.etf import SimplexETF
+
+POOLED = 4  # positions a side that the light head for images looks at
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a head stands.
+
+    Attributes:
+        module: which module it follows, from 0.
+        modules: how many there are; the last one has the model's own head.
+        state: a tensor of the shape, type and device of the module's output (its values are zeros).
+        output: likewise for the model's own output, whose shape a head's output should have.
+        batch: a batch.
+    """
+
+    module: int
+    modules: int
+    state: Tensor
+    output: Tensor
+    batch: Any
+
+    @property
+    def channels(self) -> int:
+        """Features of a position."""
+        return self.state.shape[1 if self.state.ndim > 3 else -1]
+
+    @property
+    def classes(self) -> int:
+        """Scores of the model."""
+        return self.output.shape[-1]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the model has an output for each position of a sequence."""
+        return self.output.ndim == 3
+
+    def image(self, name: str) -> int:
+        """The side of a state that is an image.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if self.state.ndim != 4 or self.output.ndim != 2:
+            raise ValueError(
+                f"heads={name!r}: it classifies images of shape (B, C, H, W), and x({self.module + 1}) has shape "
+                f"{tuple(self.state.shape)}; give heads='light', 'own', or a function."
+            )
+        return max(self.state.shape[2:])
+
+
+Factory = Callable[[Place], nn.Module]
+
+
+class _Mean(nn.Module):
+    """``(B, N, D) -> (B, D)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def light(place: Place) -> nn.Module:
+    """Little work: linear for vectors, norm and linear for sequences, pooling, 1x1 convolution and linear for images.
+
+    A sequence is averaged over its positions, padding included, unless each of them has an output.
+
+    Raises:
+        ValueError: states and outputs of other shapes.
+    """
+    state, output, width = place.state, place.output, place.channels
+    if state.ndim == 2 and output.ndim == 2:
+        return nn.Linear(width, place.classes)
+    if state.ndim == 3 and output.ndim in (2, 3):
+        middle = [] if place.everywhere else [_Mean()]
+        return nn.Sequential(nn.LayerNorm(width), *middle, nn.Linear(width, place.classes))
+    if state.ndim == 4 and output.ndim == 2:
+        side = min(POOLED, *state.shape[2:])
+        narrow = [nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        return nn.Sequential(*narrow, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, place.classes))
+    raise ValueError(
+        f"heads='light': none for a state of shape {tuple(state.shape)} and an output of shape {tuple(output.shape)}; "
+        "give heads='own', or a function from a Place to a module."
+    )
+
+
+def convolutional(place: Place) -> nn.Module:
+    """A 3x3 convolution, means over the quarters of the image, a linear layer.
+
+    That of "Greedy Layerwise Learning Can Scale to ImageNet" with k = 2. Vectors and sequences get :func:`light`'s.
+    """
+    if place.state.ndim < 4:
+        return light(place)
+    place.image("conv")
+    width = place.channels
+    layers = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, place.classes))
+
+
+def mlp_sr(place: Place) -> nn.Module:
+    """Spatial reduction: pooling to a quarter of the side, three 1x1 convolutions, a perceptron of three layers.
+
+    That of "Decoupled Greedy Learning of CNNs". It may hold many times the parameters of the blocks that it trains.
+    """
+    side, width = math.ceil(place.image("dgl") / 4), place.channels
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(side)]
+    for _ in range(3):
+        layers += [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    for _ in range(2):
+        layers += [nn.Linear(4 * width, 4 * width, bias=False), nn.BatchNorm1d(4 * width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(4 * width, place.classes))
+
+
+def fixed(place: Place) -> nn.Module:
+    """A simplex equiangular tight frame."""
+    features = place.state[0].numel() if place.state.ndim == 4 else place.channels
+    return SimplexETF(features, place.classes, place.everywhere)

@@ -1,0 +1,149 @@
+"""SGR on models as they come: where they are cut, local losses of a user's own, and what is refused by name."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sgr_cases import built, own, prepared
+from torch import nn
+from torch.nn import functional as F
+
+import horizonplan as hp
+from horizonplan.algorithms import SGR, partition
+from horizonplan.models import ResidualMLP
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_the_split_in_memory_is_the_best_of_all(kept, data):
+    modules = data.draw(st.integers(1, len(kept)))
+    factor = data.draw(st.sampled_from([1, 2]))
+
+    def sizes(inner):
+        parts = [sum(kept[a:b]) for a, b in itertools.pairwise((0, *inner, len(kept)))]
+        return [parts[0], *(factor * part for part in parts[1:])]
+
+    def badness(bounds):
+        found = sizes(bounds[1:-1])
+        return max(found), sum(part**2 for part in found)
+
+    every = [(0, *inner, len(kept)) for inner in itertools.combinations(range(1, len(kept)), modules - 1)]
+    assert badness(partition.balanced(kept, modules, factor)) == min(map(badness, every))
+
+
+def test_modules_can_be_cut_by_blocks_by_resolution_or_by_hand():
+    chain, batch = built("cnn")
+    for split, bounds in {"blocks": (0, 2, 4, 6), "resolution": (0, 2, 4, 6), (1, 5): (0, 1, 5, 6)}.items():
+        assert prepared(chain, batch, 3, split=split)[0].bounds == bounds
+    assert prepared(chain, batch, 2, weight=0)[0].bounds == (0, 1, 6)  # the first block keeps the stem's too
+    with pytest.raises(ValueError, match="modules=2: the states have 3 resolutions"):
+        prepared(chain, batch, 2, split="resolution")
+    with pytest.raises(ValueError, match=r"give 1 growing numbers of blocks in 1\.\.5"):
+        prepared(chain, batch, 2, split=[0])
+    with pytest.raises(ValueError, match="modules=7: give a whole number between 1 and 6"):
+        prepared(chain, batch, 7)
+
+
+def test_local_losses_need_not_be_supervised():
+    """Two views of each input are to be alike in their features, and the features unlike each other."""
+
+    def twins(z, _):
+        one, other = ((part - part.mean(0)) / (part.std(0) + 1e-3) for part in z.chunk(2))
+        return (one.T @ other / len(one) - torch.eye(z.shape[1])).square().sum()
+
+    torch.manual_seed(0)
+    model = ResidualMLP(5, 8, 6, depth=4)
+    batch = (torch.randn(16, 5), torch.zeros(16, dtype=torch.long))
+    chain = hp.Chain.from_model(model, batch, loss=twins)
+    method, auxiliary = prepared(chain, batch, 2, heads=lambda place: nn.Linear(8, 12), loss=twins)
+    optimizer = torch.optim.Adam([*model.parameters(), *auxiliary.parameters()], lr=1e-2)
+    start = method.losses_on(chain, batch)
+    for _ in range(30):
+        method.step(chain, batch, optimizer)
+    assert all(after < 0.7 * before for before, after in zip(start, method.losses_on(chain, batch), strict=True))
+
+
+def test_a_model_that_computes_its_own_loss_is_not_second_guessed():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    model, ids = transformers.GPT2LMHeadModel(config).train(), torch.randint(0, 20, (2, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    chain = hp.Chain.from_model(model, batch)
+    with pytest.raises(ValueError, match=r"loss: the model's is .* give the local losses' function"):
+        prepared(chain, batch, 2)
+
+    def next_token(scores, labels):
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    for settings in ({"heads": "own"}, {"loss": next_token}):
+        method, auxiliary = prepared(chain, batch, 2, **settings)
+        assert all(torch.isfinite(g).all() for g in own(method, chain, auxiliary, batch).values())
+        assert len(method.terms) == 1
+
+
+def test_an_operator_without_a_second_derivative_is_named():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return Twice.apply(super().forward(x))
+
+    chain = hp.Chain(None, [Block(3, 3), Block(3, 3)], None, nn.MSELoss())
+    batch = (torch.randn(2, 3), torch.randn(2, 3))
+    method, auxiliary = prepared(chain, batch, 2)
+    with pytest.raises(hp.ChainError, match=r"weight=1.0: .*set weight=0"):
+        own(method, chain, auxiliary, batch)
+    assert all(p.grad is None for p in chain.parameters())
+    method, auxiliary = prepared(chain, batch, 2, weight=0)
+    assert own(method, chain, auxiliary, batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"modules": 0}, "modules=0"),
+        ({"modules": 2, "weight": -1}, "weight=-1"),
+        ({"modules": 2, "weight": float("nan")}, "weight=nan"),
+        ({"modules": 2, "heads": "big"}, "heads='big'"),
+        ({"modules": 2, "heads": 3}, "heads=3"),
+        ({"modules": 2, "split": "even"}, "split='even'"),
+        ({"modules": 2, "only": 2, "weight": 0}, "only=2"),
+        ({"modules": 2, "only": 1}, "only=1"),
+        ({"modules": 2, "heads": "etf", "loss": F.mse_loss}, "loss: heads='etf'"),
+    ],
+)
+def test_bad_settings_are_named(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        SGR(**settings)
+
+
+def test_it_has_to_be_prepared_for_the_chain():
+    chain, batch = built("mlp")
+    with pytest.raises(ValueError, match="prepare"):
+        SGR(2).backward(chain, batch)
+    method, _ = prepared(chain, batch, 2)
+    other, _ = built("mlp")
+    with pytest.raises(ValueError, match="prepare"):
+        method.backward(other, batch)
+
+
+def test_a_chain_built_by_hand_trains_what_its_head_reads():
+    torch.manual_seed(0)
+    readout = nn.Linear(4, 3)
+    relu = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    chain = hp.Chain(
+        nn.Linear(2, 4), [nn.Linear(4, 4), relu, nn.Linear(4, 4)], lambda x: readout(x), nn.CrossEntropyLoss()
+    )
+    batch = (torch.randn(5, 2), torch.arange(5) % 3)
+    method, auxiliary = prepared(chain, batch, 3)
+    method.backward(chain, batch)
+    assert all(p.grad is not None for p in (*readout.parameters(), *chain.parameters(), *auxiliary.parameters()))
