@@ -1,11 +1,11 @@
-"""The command line: ``horizonplan plan | train | fits | tune | serve | doctor``, one file a command."""
+"""The command line: ``horizonplan plan | train | fits | tune | reproduce | serve | doctor``, one file a command."""
 
 import gc
 import warnings
 
 import typer
 
-from horizonplan.cli import doctor, fits, plan, serve, train, tune
+from horizonplan.cli import doctor, fits, plan, reproduce, serve, train, tune
 from horizonplan.cli.options import in_one_line
 
 __all__ = ["app", "main"]
@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (plan.plan, train.train, tune.tune, serve.serve, doctor.doctor):
+for command in (plan.plan, train.train, tune.tune, reproduce.reproduce, serve.serve, doctor.doctor):
     app.command()(in_one_line(command))
 app.command()(in_one_line(fits.fits, code=2))  # 1 is its answer that the step does not fit
 
