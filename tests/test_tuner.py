@@ -460,6 +460,15 @@ def test_schedules_are_those_that_nothing_beats(points):
     assert found == [row for row in rows if not beaten(costs[row.horizon])]
 
 
+def test_of_exact_ways_which_train_alike_the_smallest_and_the_fastest_are_tried():
+    parts = [
+        Row(horizon=4, micro_batches=n, memory_bytes=100 // n, step_seconds=float(n), rate=1.0, cosine_source="derived")
+        for n in (1, 2, 4, 8)
+    ]
+    window = Row(horizon=2, memory_bytes=30, step_seconds=1.5, rate=0.9, rate_source="measured")
+    assert contenders([*parts, window]) == [parts[0], parts[3], window]
+
+
 def row(horizon, memory, seconds, rate, source, **others):
     return Row(horizon=horizon, memory_bytes=memory, step_seconds=seconds, rate=rate, rate_source=source, **others)
 
@@ -731,6 +740,7 @@ def test_command_tunes_and_goes_on(user, tmp_path):
     text = command(*here, "--trials", 2, "--out", "plan.json", "--plot", "study.png").stdout
     assert [line.split()[-1] for line in text.splitlines()[1:3]] == ["finished"] * 2
     assert hp.Plan.load("plan.json").depth == tuner_job.DEPTH
+    assert "--plan plan.json --optimizer adamw --lr 0.00" in text.splitlines()[-1]
     assert Path("study.png").stat().st_size > 0
     found = json.loads(command(*here, "--trials", 3, "--json").stdout)
     assert [trial["state"] for trial in found["trials"]] == ["finished"] * 3

@@ -1,5 +1,6 @@
 """``horizonplan tune``: train the schedules worth training, with parameters that Optuna proposes."""
 
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,8 @@ def tune(
         device=device,
     )
     _hand_over(study, out, plot, json)
+    if not json:
+        typer.echo(_command(study, model, data, optimizer, batch_size, out))
 
 
 def _training(spec: str, batch_size: int | None, seed: int) -> Iterable[Any]:
@@ -126,6 +129,19 @@ def _rates(text: str) -> tuple[float, float] | None:
             f"{text!r}: give two numbers such as 1e-4,1e-2, or none", param_hint="--learning-rates"
         ) from None
     return least, largest
+
+
+def _command(study: Study, model: str, data: str, optimizer: str, batch_size: int | None, out: Path | None) -> str:
+    """How to train with the best trial's schedule *and* parameters: a plan has the schedule alone."""
+    params = dict(study.params)
+    words = ["horizonplan", "train", model, "--data", data, "--plan", str(out or "PLAN"), "--optimizer", optimizer]
+    words += [] if batch_size is None else ["--batch-size", str(batch_size)]
+    for name in ("lr", "warmup"):
+        if name in params:
+            words += [f"--{name}", f"{params.pop(name):.4g}"]
+    told = "" if out else " (PLAN is what --out saves)"
+    own = f", and with {', '.join(f'{k}={v}' for k, v in params.items())}" if params else ""
+    return f"train as the best trial{told}: {shlex.join(words)}{own}"
 
 
 def _hand_over(study: Study, out: Path | None, plot: Path | None, json: bool) -> None:

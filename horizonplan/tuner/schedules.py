@@ -60,16 +60,23 @@ def to_train(plan: Plan, most: int, limit_bytes: int | None) -> dict[str, Row]:
 def contenders(rows: Iterable[Row]) -> list[Row]:
     """The rows on the frontier (:func:`horizonplan.frontier`), and those of unknown rate, in their order.
 
-    Of a rate that was not measured nothing can be said, so training is to tell. Where not all rows have seconds, FLOPs
-    stand in for them.
+    Of a rate that was not measured nothing can be said, so training is to tell. Of exact ways only the smallest and the
+    fastest are taken. Where not all rows have seconds, FLOPs stand in for them.
     """
     rows = list(rows)
     if all(row.step_seconds is not None for row in rows):
         timed = rows
     else:
         timed = [replace(row, step_seconds=float(row.flops or 0)) for row in rows]
-    best = frontier(timed)
+    best = _once(frontier(timed))
     return [row for row, known in zip(rows, timed, strict=True) if row.rate is None or known in best]
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Exact ways train alike, and their memory and time are known: the smallest and the fastest stand for all."""
+    exact = [row for row in rows if row.exact]
+    ends = [min(exact, key=_needs), min(exact, key=lambda row: row.step_seconds or 0.0)] if exact else []
+    return [row for row in rows if not row.exact or row in ends]
 
 
 def _needs(row: Row) -> int:
