@@ -32,9 +32,11 @@ from typer.testing import CliRunner
 import horizonplan as hp
 from horizonplan.cli import app
 from horizonplan.rows import Row
+from horizonplan.schedule import Schedule
 from horizonplan.tuner import owner, work
 from horizonplan.tuner.ledger import MOST_DEATHS, VOID, Ledger
 from horizonplan.tuner.planning import Asked
+from horizonplan.tuner.predicted import Step
 from horizonplan.tuner.proposals import Proposals
 from horizonplan.tuner.schedules import contenders, label, to_train
 from horizonplan.tuner.storage import opened
@@ -325,6 +327,16 @@ def test_step_in_parts_or_another_precision_is_predicted_as_it_is_made(tune, pla
     (pruned,) = tune(**how, memory_limit=round(0.97 * seen.memory_bytes)).trials
     assert pruned.state == "pruned"
     assert pruned.memory_bytes == pytest.approx(seen.memory_bytes, rel=0.03)
+
+
+def test_model_that_asks_for_values_is_predicted_by_a_run_that_leaves_it_as_it_was():
+    plain, asking = tuner_job.model(), tuner_job.model()
+    asking.blocks = nn.ModuleList(tuner_job.Asking(block) for block in asking.blocks)
+    before = copy.deepcopy(asking.state_dict())
+    step = Step(torch.optim.AdamW, None, 2, 2, "fp32", False, {})
+    batch, schedules = tuner_job.dataset()[:], [Schedule.horizon(tuner_job.DEPTH, 2)]
+    assert step.peak_bytes(asking, batch, schedules) == step.peak_bytes(plain, batch, schedules)
+    assert all(torch.equal(value, before[name]) for name, value in asking.state_dict().items())
 
 
 def test_trial_whose_warm_up_is_predicted_sees_the_data_in_their_order(plan):

@@ -35,6 +35,13 @@ class MLP(nn.Module):
         return self.head(x)
 
 
+class Asking(nn.Sequential):
+    """A block that looks at values."""
+
+    def forward(self, x):
+        return super().forward(x) if x.isfinite().all().item() else x
+
+
 def raises():
     raise RuntimeError("a bug in the model")
 
