@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -470,6 +471,13 @@ def test_schedules_are_those_that_nothing_beats(points):
         return any(o != own and all(a <= b for a, b in zip(o, own, strict=True)) for o in costs.values())
 
     assert found == [row for row in rows if not beaten(costs[row.horizon])]
+
+
+def test_a_plan_of_another_model_is_refused_before_any_trial(tune, plan, trained):
+    strange = dataclasses.replace(plan, block_names=tuple(f"stages.{t}" for t in range(plan.depth)))
+    with pytest.raises(ValueError, match=r"it was made for \d+ blocks 'stages\.0'"):
+        tune(plan=strange)
+    assert not trained
 
 
 def test_of_exact_ways_which_train_alike_the_smallest_and_the_fastest_are_tried():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from horizonplan.batch import as_loader, resolve_loss
+from horizonplan.batch import as_loader, own_generator, resolve_loss, take
 from horizonplan.devices import parse_device
 from horizonplan.objective import MemoryLimit, Objective
 from horizonplan.plan import Plan
@@ -97,6 +97,14 @@ class Asked:
         if metric not in known:
             raise ValueError(f"metric={metric!r}: validation measures {', '.join(known)}; give one of these.")
 
+    def _check_blocks(self, plan: Plan) -> None:
+        """See that the plan is for this model, before trials are spent on finding that it is not."""
+        model, loader = self.example(), as_loader(made(self.data))
+        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with own_generator(loader):
+            (first,) = take(loader, 1, place)
+        plan.chain(model, first, **self.how)
+
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings with what a step may need, as a study remembers them."""
         return {name: remembered(value) for name, value in {**settings, "memory_limit": self.limit_bytes}.items()}
@@ -105,6 +113,8 @@ class Asked:
         """What a new study keeps, and its first trials."""
         how = {name: value for name, value in self.how.items() if value is not None}
         plan, limit = self.plan, self.limit_bytes
+        if plan is not None:
+            self._check_blocks(plan)
         if plan is None:
             plan = plan_horizon(
                 self.example(),
