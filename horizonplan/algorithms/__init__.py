@@ -1,11 +1,14 @@
 """Training methods, one idea a file; any of them goes into ``horizonplan.train(..., algorithm=...)``."""
 
-from horizonplan.algorithms.base import Algorithm, GradientMethod
+from horizonplan.algorithms.base import Algorithm, GradientMethod, LayerParallel
 from horizonplan.algorithms.diagnose import input_effects
 from horizonplan.algorithms.etf import SimplexETF
 from horizonplan.algorithms.heads import Place
 from horizonplan.algorithms.infopro import InformationPropagation
+from horizonplan.algorithms.links import LostProcessError
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
+from horizonplan.algorithms.parallel_in_time import ParallelInTime
+from horizonplan.algorithms.section import PredictionError
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
 
@@ -19,9 +22,13 @@ __all__ = [
     "Horizon",
     "InfoPro",
     "InformationPropagation",
+    "LayerParallel",
     "LoCo",
     "LocalLearning",
+    "LostProcessError",
+    "ParallelInTime",
     "Place",
+    "PredictionError",
     "SimplexETF",
     "Windows",
     "greedy",

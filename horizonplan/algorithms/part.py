@@ -1,0 +1,163 @@
+"""One part of a chain, run by itself inside the model's own forward.
+
+The stem runs in every part (without a graph, and without a trace in running statistics and random numbers, where it is
+not the part's own); blocks before the part hand on what they get; x(first) comes from elsewhere; after the part's last
+block the rest of the forward is left. What runs between two blocks belongs to the second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horizonplan.algorithms.trial import copies
+from horizonplan.batch import scalar
+from horizonplan.chain import Chain, ChainError
+from horizonplan.chain.calls import handler, intercept, rng_devices, scratch_buffers
+from horizonplan.chain.slots import Output
+from horizonplan.chain.trace import standin
+
+
+class _Left(BaseException):
+    """The part's last block has run."""
+
+
+class Part:
+    """Blocks ``first..stop - 1`` of a chain, with the stem if they are the first and the head if they are the last.
+
+    Args:
+        chain: the chain, once run (:func:`horizonplan.algorithms.trial.trial`).
+        first: the part's first block.
+        stop: the block after its last one.
+        states: x(0) and each block's output, or tensors of their shapes.
+
+    Attributes:
+        leaf: x(first) of the last run, whose gradient the backward leaves in it; ``None`` for the first part.
+        standins: what stands for the stem's outputs in a head-only evaluation; see :meth:`Chain.loss_at`.
+        outputs: the structure of the blocks' outputs.
+    """
+
+    def __init__(self, chain: Chain, first: int, stop: int, states: Sequence[Tensor]) -> None:
+        self.chain, self.first, self.stop = chain, first, stop
+        shapes = [tuple(s.shape[1:]) for s in states]
+        self.reshaped = {t: shapes[t + 1] for t in range(max(0, first - 1)) if shapes[t] != shapes[t + 1]}
+        self.leaf: Tensor | None = None
+        self.standins: dict[nn.Module, list[Any]] = {}
+        self.outputs: list[Output | None] = list(chain.layout.outputs)
+        self.ran: dict[nn.Module, int] = {}  # modules outside the blocks: the block that they ran before
+
+    @property
+    def last(self) -> bool:
+        """Whether the part has the head."""
+        return self.stop == self.chain.depth
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the part trains; each once."""
+        layout = self.chain.layout
+        found = [p for t in range(self.first, self.stop) for p in (*layout.before[t], *layout.block[t])]
+        found += layout.head if self.last else []
+        return list({id(p): p for p in found}.values())
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose buffers the part moves; of those outside the blocks, what has run by now."""
+        blocks = self.chain.blocks
+        inside = {m for block in blocks for m in block.modules()}
+        outer = {m: place for top, place in self.ran.items() for m in top.modules()}
+        found = [m for block in blocks[self.first : self.stop] for m in block.modules()]
+        found += [m for m, place in outer.items() if self.first <= place < self.stop]
+        rest = [m for m in self.chain.model.modules() if m not in inside and m not in outer]
+        return found + (rest if self.last else [])
+
+    def run(self, batch: Any, receive: Callable[[], Tensor]) -> Tensor:
+        """Run the part with a graph.
+
+        Args:
+            batch: the batch.
+            receive: gives x(first); called late, so that what runs before it need not wait. Not called by the first
+                part.
+
+        Returns:
+            x(stop), or the loss (shape ``()``) if the part is the last.
+
+        Raises:
+            ChainError: the model does not call its blocks once each and in turn.
+        """
+        chain = self.chain
+        self.receive, self.turn, self.leaf, self.standins = receive, 0, None, {}
+        self.state: Tensor | None = None
+        handlers = {b: handler(self._block, t) for t, b in enumerate(chain.blocks)}
+        handlers |= {m: handler(self._outer, m) for m in chain.layout.outer}
+        try:
+            with ExitStack() as self.before, chain.running(), intercept(handlers), torch.enable_grad():
+                if self.first > 0:
+                    self.before.enter_context(torch.random.fork_rng(devices=rng_devices(chain.model)))
+                    outside = [m for top in chain.layout.outer for m in top.modules()]
+                    self.before.enter_context(scratch_buffers(outside))
+                    self.before.enter_context(torch.no_grad())
+                loss = scalar(chain.loss(batch))
+        except _Left:
+            assert self.state is not None
+            state, self.state = self.state, None
+            return state
+        if self.turn != chain.depth:
+            raise ChainError(f"block {chain.names[self.turn]!r} was not called in this forward.")
+        return loss
+
+    def _outer(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self.ran[module] = self.turn
+        if self.turn == 0:
+            self.standins.setdefault(module, []).append(standin(result, self.chain.nan))
+        return result
+
+    def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
+        if t != self.turn:
+            raise ChainError(
+                f"block {self.chain.names[t]!r} was called out of turn: blocks must run once each and in order in "
+                "every forward (no layer drop, no checkpointing around blocks)."
+            )
+        self.turn += 1
+        if t < self.first:
+            return self._passed(t, self.chain.layout.slots[t].get(args, kwargs))
+        output = Output.of(result := original(*args, **kwargs))
+        if output is None:
+            raise ChainError(f"block {self.chain.names[t]!r} returned no tensor.")
+        self.outputs[t] = output.skeleton()
+        if t + 1 == self.stop < self.chain.depth:
+            self.state = output.state
+            raise _Left
+        return result
+
+    def _passed(self, t: int, state: Tensor) -> Any:
+        """What block ``t``, which is before the part, returns in it."""
+        if t + 1 < self.first:
+            shape = self.reshaped.get(t)
+            passed = state if shape is None else state.new_zeros((state.shape[0], *shape))
+        else:
+            self.leaf = self.receive().requires_grad_()
+            self.before.close()  # from here on the part's own forward
+            passed = self.leaf.clone() if copies(self.chain, self.first) else self.leaf
+        known = self.chain.layout.outputs[t]
+        assert known is not None
+        return known.rebuild(passed, lambda other: None)
+
+
+def refuse_shared(parts: list[Part]) -> None:
+    """See that no parameter is trained by two parts.
+
+    Raises:
+        ChainError: one is.
+    """
+    names = {id(p): name for name, p in parts[0].chain.model.named_parameters()}
+    seen: dict[int, int] = {}
+    for number, part in enumerate(parts):
+        for p in part.parameters():
+            if seen.setdefault(id(p), number) != number and p.requires_grad:
+                raise ChainError(
+                    f"{names[id(p)]!r} is used in parts {seen[id(p)]} and {number}, which train apart: cut elsewhere "
+                    "(split=), untie it, or freeze it."
+                )

@@ -1,0 +1,162 @@
+"""The co-state at a cut, predicted from the state there by linear regression on all pairs seen.
+
+"Predict Globally, Correct Locally: Parallel-in-Time Optimal Control of Neural Networks", Eq. 6:
+
+    min over A, B of    sum over pairs of    | A x + B - p |^2
+
+kept as sums of products, so its memory does not grow with the pairs. What the equation does not have: a ridge; a weight
+of older pairs that falls; the target beside x (a sample's co-state is a function of both, which Lemma 2.1 leaves out).
+A co-state here is the gradient of the loss in the state; the paper's P is minus that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from horizonplan.batch import target_of
+
+FULL = 256  # entries of a sample's state up to which all of them are regressed on all of them
+CHANNELS = 256  # channels of a position up to which all of them are regressed on all of them
+RANK = 64  # beyond that
+MOST_TARGETS = 64  # classes, or numbers of a target, that are regressed on
+
+
+class Regression:
+    """Streaming ridge regression from states to co-states.
+
+    Small states (at most 256 entries a sample, and no sequences) are regressed whole: ``"full"``. Of others every
+    position is a sample of its own, with the same coefficients: ``"channels"``; and if a position has more than 256
+    channels, they are regressed on 64 random combinations of them: ``"low-rank"``.
+
+    Args:
+        decay: factor on the weight of earlier pairs at each new batch; 1: all pairs weigh the same.
+        ridge: relative to the mean square of what is regressed on.
+
+    Attributes:
+        kind: which of the three, once a pair is known.
+    """
+
+    def __init__(self, decay: float, ridge: float) -> None:
+        self.decay, self.ridge = decay, ridge
+        self.kind: str | None = None
+        self.products: Tensor | None = None  # (f, f): of what is regressed on
+        self.mixed: Tensor | None = None  # (f, q): of that with the co-states
+        self.mixing: Tensor | None = None  # (C, 64)
+
+    def add(self, state: Tensor, target: Tensor | None, costate: Tensor) -> None:
+        """Learn from the pairs of one batch.
+
+        Args:
+            state: ``(B, ...)``.
+            target: from :func:`known`.
+            costate: the gradient of the batch's mean loss in ``state``.
+        """
+        x = self._rows(state, target)
+        y = _flat(costate, self.kind).double() * len(state)  # of a sample's own loss: batches differ in size
+        if self.products is None:
+            self.products, self.mixed = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
+        assert self.mixed is not None
+        self.products.mul_(self.decay).addmm_(x.T, x)
+        self.mixed.mul_(self.decay).addmm_(x.T, y)
+
+    def predict(self, state: Tensor, target: Tensor | None) -> Tensor:
+        """The co-state of the batch's mean loss; zero while no pair is known."""
+        if self.products is None or self.mixed is None:
+            return torch.zeros_like(state)
+        x, size = self._rows(state, target), len(self.products)
+        ridge = self.ridge * self.products.diagonal().mean()
+        eye = torch.eye(size, dtype=x.dtype, device=x.device)
+        coefficients = torch.linalg.solve(self.products + (ridge + torch.finfo(x.dtype).tiny) * eye, self.mixed)
+        return _unflat(x @ coefficients / len(state), state, self.kind).to(state.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        kept = {"products": self.products, "mixed": self.mixed, "mixing": self.mixing}
+        return {"kind": self.kind} | {name: None if t is None else t.cpu() for name, t in kept.items()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore them."""
+        self.kind = state["kind"]
+        kept = (None if (t := state[n]) is None else t.to(device, copy=True) for n in ("products", "mixed", "mixing"))
+        self.products, self.mixed, self.mixing = kept
+
+    def _rows(self, state: Tensor, target: Tensor | None) -> Tensor:
+        """What is regressed on: ``(samples or positions, f)``, the last one a 1."""
+        if self.kind is None:
+            self.kind = kind_of(state)
+        x = _flat(state, self.kind).double()
+        if self.kind == "low-rank":
+            x = x @ self._mixing(x)
+        parts = [x, *([] if target is None else [_spread(target, len(state), len(x))]), x.new_ones(len(x), 1)]
+        return torch.cat(parts, 1)
+
+    def _mixing(self, x: Tensor) -> Tensor:
+        if self.mixing is None:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(x.shape[1], RANK, dtype=x.dtype, generator=generator)
+            self.mixing = torch.linalg.qr(drawn).Q.to(x.device)
+        return self.mixing
+
+
+def kind_of(state: Tensor) -> str:
+    """How states of a shape are regressed.
+
+    >>> [kind_of(torch.zeros(2, *shape)) for shape in ((64,), (8, 16, 16), (10, 768))]
+    ['full', 'channels', 'low-rank']
+    """
+    if state.ndim != 3 and state[:1].numel() <= FULL:
+        return "full"
+    return "channels" if state.shape[_channel_axis(state)] <= CHANNELS else "low-rank"
+
+
+def known(batch: Any, output: Tensor | None) -> Tensor | None:
+    """The targets of a batch as numbers: classes one-hot, values as they are.
+
+    Args:
+        batch: the batch.
+        output: a tensor of the shape of the model's output.
+
+    Returns:
+        ``(B, k)``, or ``(B, N, k)`` for a class at each position; ``None`` for targets of another form, and for more
+        than 64 classes or values.
+    """
+    target = target_of(batch)
+    if not isinstance(target, Tensor) or output is None or target.ndim == 0:
+        return None
+    if not target.is_floating_point():
+        classes = output.shape[-1]
+        if output.ndim != target.ndim + 1 or target.ndim > 2 or classes > MOST_TARGETS:
+            return None
+        return F.one_hot(target.clamp(0, classes - 1).long(), classes).double() * (target >= 0).unsqueeze(-1)
+    flat = target.detach().flatten(1) if target.ndim > 1 else target.detach().unsqueeze(1)
+    return flat.double() if flat.shape[1] <= MOST_TARGETS else None
+
+
+def _channel_axis(state: Tensor) -> int:
+    return 1 if state.ndim > 3 else -1
+
+
+def _flat(state: Tensor, kind: str | None) -> Tensor:
+    """``(samples or positions, features)``."""
+    if kind == "full":
+        return state.reshape(len(state), -1)
+    return state.movedim(_channel_axis(state), -1).flatten(0, -2)
+
+
+def _unflat(rows: Tensor, like: Tensor, kind: str | None) -> Tensor:
+    if kind == "full":
+        return rows.reshape(like.shape)
+    axis = _channel_axis(like)
+    return rows.reshape(like.movedim(axis, -1).shape).movedim(-1, axis).contiguous()
+
+
+def _spread(target: Tensor, samples: int, rows: int) -> Tensor:
+    """Targets for each row: of each position, or the sample's (a mean over positions) at all of its positions."""
+    if target.ndim == 3 and rows == target.shape[0] * target.shape[1]:
+        return target.flatten(0, 1)
+    whole = target.mean(1) if target.ndim == 3 else target
+    return whole.repeat_interleave(rows // samples, 0)

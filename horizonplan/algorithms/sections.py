@@ -1,0 +1,185 @@
+"""All parts of a chain in one step: this process's part where there are several processes, else all in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from horizonplan.algorithms.base import gradient_norm, not_finite
+from horizonplan.algorithms.coarse import Coarse
+from horizonplan.algorithms.links import Mailbox, Port, Wire
+from horizonplan.algorithms.part import Part
+from horizonplan.algorithms.regression import Regression, known
+from horizonplan.algorithms.section import PredictionError, Section
+from horizonplan.algorithms.whole import own_share, take_over
+from horizonplan.chain import Chain
+
+
+class Sections:
+    """The parts with their links and regressions.
+
+    Args:
+        chain: the chain.
+        parts: all of its parts.
+        predictors: for each part; the last has none.
+        coarse: the coarse model, if there is a global prediction.
+        output: a tensor of the shape of the model's output, if the regression is to see the targets.
+        exact: wait for the true co-states.
+        time_limit: seconds that a process waits for another one.
+
+    Attributes:
+        all: a section a part; those of other processes are as the last exchange left them.
+        own: those that this process works on.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        parts: Sequence[Part],
+        predictors: Sequence[Regression | None],
+        coarse: Coarse | None,
+        output: Tensor | None,
+        exact: bool,
+        time_limit: float,
+    ) -> None:
+        self.chain, self.coarse, self.output = chain, coarse, output
+        self.wire = meet(len(parts), time_limit, chain.device)
+        ports: Sequence[Port] = Mailbox.ports(len(parts)) if self.wire is None else [self.wire] * len(parts)
+        self.all = [
+            Section(number, *of_part, exact)
+            for number, of_part in enumerate(zip(parts, ports, predictors, strict=True))
+        ]
+        self.own = self.all if self.wire is None else [self.all[self.wire.part]]
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Where the parts start, and the depth."""
+        return (*(section.part.first for section in self.all), self.chain.depth)
+
+    @property
+    def errors(self) -> list[PredictionError]:
+        """Of all cuts."""
+        return [error for section in self.all for error in section.errors]
+
+    def predict_globally(self, batch: Any, optimizer: Optimizer, last: bool) -> Tensor:
+        """Train the coarse model on a batch, in the first process (Algorithm 3); returns its loss.
+
+        Args:
+            batch: the batch.
+            optimizer: the user's, over the fine model's weights.
+            last: whether local correction follows; the other processes then take over all that the first one has.
+        """
+        assert self.coarse is not None
+        wrong, loss = None, torch.zeros((), device=self.chain.device)
+        if self.wire is None or self.wire.part == 0:
+            loss = self.coarse.backward(batch)
+            wrong = not_finite(loss, gradient_norm(optimizer))
+            if wrong is None:
+                optimizer.step()
+                self.coarse.prolong()
+                self._learn(batch)
+        if self.wire is not None:
+            wrong, value = self.wire.gather((wrong, loss.item()))[0]
+            loss = loss.new_tensor(value)
+        _raise(wrong)
+        if last:
+            self.share(optimizer, all_from_first=True)
+        return loss
+
+    def correct_locally(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
+        """Train the parts on a batch (Algorithm 4); returns the loss."""
+        rate = float(optimizer.param_groups[0]["lr"])
+        try:
+            losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
+            _raise(not_finite(losses[0], torch.zeros(())) if losses else None)
+            for section in reversed(self.own):
+                section.backward(step, rate, self._targets(batch))
+            losses += [section.port.receive_loss() for section in self.own if not section.part.last]
+            _raise(not_finite(losses[0], gradient_norm(optimizer)))
+        except BaseException:
+            self._forget(optimizer)
+            raise
+        optimizer.step()
+        return losses[0]
+
+    def gather(self, optimizer: Optimizer, coarse: bool) -> None:
+        """Learn from the pairs under way, and give every process everything.
+
+        Args:
+            optimizer: the user's.
+            coarse: whether the coarse model is being trained.
+        """
+        for section in self.own:
+            section.absorb()
+        self.share(optimizer, all_from_first=coarse)
+
+    def share(self, optimizer: Optimizer, all_from_first: bool) -> None:
+        """Give every process what the others have, or all that the first one has."""
+        if self.wire is None:
+            return
+        given = (self.all if self.wire.part == 0 else []) if all_from_first else self.own
+        weights = [p for section in given for p in section.part.parameters()]
+        modules = [m for section in given for m in section.part.modules()]
+        model = self.chain.model
+        if all_from_first and given:
+            weights, modules = list(model.parameters()), list(model.modules())
+        own = own_share(model, optimizer, weights, modules), {s.number: s.state_dict() for s in given}
+        for rank, (theirs, states) in enumerate(self.wire.gather(own)):
+            if rank != self.wire.part:
+                take_over(model, optimizer, theirs)
+                for number, state in states.items():
+                    self.all[number].load_state_dict(state, self.chain.device)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Of each section."""
+        return [section.state_dict() for section in self.all]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Restore them."""
+        for section, state in zip(self.all, states, strict=True):
+            section.load_state_dict(state, self.chain.device)
+
+    def _learn(self, batch: Any) -> None:
+        """Pairs of the coarse model are the regressions' first ones."""
+        assert self.coarse is not None
+        for section in self.all[:-1]:
+            if (pair := self.coarse.pairs.get(section.part.stop)) is not None and section.regression is not None:
+                section.regression.add(pair[0], self._targets(batch), pair[1])
+
+    def _targets(self, batch: Any) -> Tensor | None:
+        return None if self.output is None else known(batch, self.output)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        """After an error no gradient and no message of the step is left."""
+        for section in self.all:
+            section.waiting = None
+            if isinstance(section.port, Mailbox):
+                section.port.queues.clear()
+        self.chain.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+
+
+def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
+    """This process's links to the others; ``None`` for a process by itself.
+
+    Raises:
+        ValueError: there are not as many processes as parts.
+    """
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return None
+    if world != parts:
+        raise ValueError(f"parts={parts}: there are {world} processes; start as many as parts, or one that does all.")
+    return Wire(time_limit, device)
+
+
+def _raise(wrong: str | None) -> None:
+    if wrong is not None:
+        raise FloatingPointError(
+            f"{wrong}: check the data, lower the learning rate or clip; this process's weights were not updated."
+        )

@@ -1,0 +1,65 @@
+"""Weights, buffers and optimiser state, of which each process has its part, brought together on all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def own_share(
+    model: nn.Module, optimizer: Optimizer, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module]
+) -> dict[str, Any]:
+    """What this process has that others need, on the CPU, by name.
+
+    Args:
+        model: the model.
+        optimizer: its optimiser.
+        parameters: those that this process trains.
+        modules: those whose buffers it moves.
+    """
+    wanted, movers = {id(p) for p in parameters}, set(modules)
+    trained = {name: p for name, p in model.named_parameters() if id(p) in wanted}
+    states = {name: optimizer.state[p] for name, p in trained.items() if p in optimizer.state}
+    return {
+        "parameters": {name: p.detach().cpu() for name, p in trained.items()},
+        "buffers": {
+            (path, name): b.detach().cpu()
+            for path, module in model.named_modules()
+            if module in movers
+            for name, b in module._buffers.items()
+            if b is not None
+        },
+        "optimizer": {name: {key: _packed(value) for key, value in state.items()} for name, state in states.items()},
+    }
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, optimizer: Optimizer, share: Mapping[str, Any]) -> None:
+    """Take over what another process has (:func:`own_share`)."""
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for name, value in share["parameters"].items():
+        parameters[name].copy_(value)
+    for (path, name), value in share["buffers"].items():
+        buffer = modules[path]._buffers[name]
+        if buffer is None:  # one that is made in a module's first forward
+            device = next((p.device for p in model.parameters()), value.device)
+            modules[path]._buffers[name] = value.to(device, copy=True)
+        else:
+            buffer.copy_(value)
+    for name, state in share["optimizer"].items():
+        p = parameters[name]
+        optimizer.state[p] = {key: _unpacked(value, p.device) for key, value in state.items()}
+
+
+def _packed(value: Any) -> Any:
+    """A tensor with the kind of its device; anything else as it is."""
+    return (value.cpu(), value.device.type) if isinstance(value, Tensor) else (value, None)
+
+
+def _unpacked(packed: tuple[Any, str | None], device: torch.device) -> Any:
+    value, kind = packed
+    return value if kind is None else value.to(device if kind == device.type else kind)
