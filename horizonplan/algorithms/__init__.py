@@ -8,6 +8,7 @@ from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.links import LostProcessError
 from horizonplan.algorithms.local_methods import DGL, InfoPro, greedy
 from horizonplan.algorithms.parallel_in_time import ParallelInTime
+from horizonplan.algorithms.parallel_windows import ParallelWindows
 from horizonplan.algorithms.section import PredictionError
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.algorithms.windows import BackPropagation, Fixed, Horizon, LocalLearning, LoCo, Windows
@@ -27,6 +28,7 @@ __all__ = [
     "LocalLearning",
     "LostProcessError",
     "ParallelInTime",
+    "ParallelWindows",
     "Place",
     "PredictionError",
     "SimplexETF",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from torch.optim import Optimizer
 
 from horizonplan.algorithms.base import LayerParallel
 from horizonplan.algorithms.coarse import Coarse
-from horizonplan.algorithms.part import Part, refuse_shared
-from horizonplan.algorithms.partition import SPLITS, bounds_of
+from horizonplan.algorithms.part import check_layers, cut
 from horizonplan.algorithms.regression import Regression
 from horizonplan.algorithms.section import PredictionError
 from horizonplan.algorithms.sections import Sections
@@ -92,13 +90,9 @@ class ParallelInTime(LayerParallel):
             ValueError: more parts than blocks, other than ``parts`` processes, or a cut that cannot be.
             ChainError: a parameter is used in two parts, or there is no coarser model.
         """
-        if self.parts > chain.depth:
-            raise ValueError(f"parts={self.parts}: the chain has {chain.depth} blocks; give at most that many.")
         found = trial(chain, batch)
-        bounds = bounds_of(found, self.parts, self.split, second_order=False)
-        states = (found.entry, *found.states)
-        parts = [Part(chain, first, stop, states) for first, stop in pairwise(bounds)]
-        refuse_shared(parts)
+        parts = cut(chain, found, self.parts, self.split)
+        states, bounds = (found.entry, *found.states), [*(part.first for part in parts), chain.depth]
         coarse = Coarse(chain, bounds, self.coarse_factor, states) if self.coarse_steps else None
         predictors = [Regression(self.decay, self.ridge) if not part.last else None for part in parts]
         output = found.output if self.targets else None
@@ -166,15 +160,12 @@ class ParallelInTime(LayerParallel):
         return self._ready
 
     def _check(self) -> None:
-        for name, low in {"parts": 1, "coarse_factor": 2, "coarse_steps": 0}.items():
+        check_layers(self.parts, self.split, self.time_limit)
+        for name, low in {"coarse_factor": 2, "coarse_steps": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r}: give a whole number >= {low}.")
-        if isinstance(self.split, str) and self.split not in SPLITS:
-            raise ValueError(f"split={self.split!r}: give {', '.join(map(repr, SPLITS))}, or a list of first blocks.")
         if not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay!r}: give a number above 0, at most 1.")
-        for name in ("ridge", "time_limit"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: give a number > 0.")
+        if not isinstance(self.ridge, int | float) or not 0 < self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge!r}: give a number > 0.")

@@ -7,14 +7,17 @@ block the rest of the forward is left. What runs between two blocks belongs to t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from horizonplan.algorithms.trial import copies
+from horizonplan.algorithms.partition import SPLITS, bounds_of
+from horizonplan.algorithms.trial import Trial, copies
 from horizonplan.batch import scalar
 from horizonplan.chain import Chain, ChainError
 from horizonplan.chain.calls import handler, intercept, rng_devices, scratch_buffers
@@ -34,15 +37,16 @@ class Part:
         first: the part's first block.
         stop: the block after its last one.
         states: x(0) and each block's output, or tensors of their shapes.
+        pulls: whether the gradient in x(first) is wanted.
 
     Attributes:
-        leaf: x(first) of the last run, whose gradient the backward leaves in it; ``None`` for the first part.
+        leaf: x(first) of the last run, which gets its gradient; ``None`` for the first part.
         standins: what stands for the stem's outputs in a head-only evaluation; see :meth:`Chain.loss_at`.
         outputs: the structure of the blocks' outputs.
     """
 
-    def __init__(self, chain: Chain, first: int, stop: int, states: Sequence[Tensor]) -> None:
-        self.chain, self.first, self.stop = chain, first, stop
+    def __init__(self, chain: Chain, first: int, stop: int, states: Sequence[Tensor], pulls: bool = True) -> None:
+        self.chain, self.first, self.stop, self.pulls = chain, first, stop, pulls
         shapes = [tuple(s.shape[1:]) for s in states]
         self.reshaped = {t: shapes[t + 1] for t in range(max(0, first - 1)) if shapes[t] != shapes[t + 1]}
         self.leaf: Tensor | None = None
@@ -138,7 +142,7 @@ class Part:
             shape = self.reshaped.get(t)
             passed = state if shape is None else state.new_zeros((state.shape[0], *shape))
         else:
-            self.leaf = self.receive().requires_grad_()
+            self.leaf = self.receive().requires_grad_(self.pulls)
             self.before.close()  # from here on the part's own forward
             passed = self.leaf.clone() if copies(self.chain, self.first) else self.leaf
         known = self.chain.layout.outputs[t]
@@ -146,7 +150,44 @@ class Part:
         return known.rebuild(passed, lambda other: None)
 
 
-def refuse_shared(parts: list[Part]) -> None:
+def cut(chain: Chain, found: Trial, parts: int, split: str | Sequence[int], pulls: bool = True) -> list[Part]:
+    """Cut a chain into parts that train apart.
+
+    Args:
+        chain: the chain.
+        found: what is known of it.
+        parts: how many.
+        split: where; see :func:`horizonplan.algorithms.partition.bounds_of`.
+        pulls: whether the gradients at the cuts are wanted.
+
+    Raises:
+        ValueError: there are not so many blocks, or no such split.
+        ChainError: a parameter is used in two parts.
+    """
+    if parts > chain.depth:
+        raise ValueError(f"parts={parts}: the chain has {chain.depth} blocks; give at most that many.")
+    bounds = bounds_of(found, parts, split, second_order=False)
+    states = (found.entry, *found.states)
+    made = [Part(chain, first, stop, states, pulls) for first, stop in pairwise(bounds)]
+    _refuse_shared(made)
+    return made
+
+
+def check_layers(parts: int, split: str | Sequence[int], time_limit: float) -> None:
+    """See that what all methods that share layers are told makes sense.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise ValueError(f"parts={parts!r}: give a whole number >= 1.")
+    if isinstance(split, str) and split not in SPLITS:
+        raise ValueError(f"split={split!r}: give {', '.join(map(repr, SPLITS))}, or a list of first blocks.")
+    if not isinstance(time_limit, int | float) or not 0 < time_limit < math.inf:
+        raise ValueError(f"time_limit={time_limit!r}: give a number of seconds > 0.")
+
+
+def _refuse_shared(parts: list[Part]) -> None:
     """See that no parameter is trained by two parts.
 
     Raises:

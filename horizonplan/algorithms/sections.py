@@ -16,7 +16,7 @@ from horizonplan.algorithms.links import Mailbox, Port, Wire
 from horizonplan.algorithms.part import Part
 from horizonplan.algorithms.regression import Regression, known
 from horizonplan.algorithms.section import PredictionError, Section
-from horizonplan.algorithms.whole import own_share, take_over
+from horizonplan.algorithms.whole import share
 from horizonplan.chain import Chain
 
 
@@ -86,7 +86,7 @@ class Sections:
         if self.wire is not None:
             wrong, value = self.wire.gather((wrong, loss.item()))[0]
             loss = loss.new_tensor(value)
-        _raise(wrong)
+        refuse(wrong)
         if last:
             self.share(optimizer, all_from_first=True)
         return loss
@@ -96,11 +96,11 @@ class Sections:
         rate = float(optimizer.param_groups[0]["lr"])
         try:
             losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
-            _raise(not_finite(losses[0], torch.zeros(())) if losses else None)
+            refuse_not_finite(losses, torch.zeros(()))
             for section in reversed(self.own):
                 section.backward(step, rate, self._targets(batch))
             losses += [section.port.receive_loss() for section in self.own if not section.part.last]
-            _raise(not_finite(losses[0], gradient_norm(optimizer)))
+            refuse_not_finite(losses, gradient_norm(optimizer))
         except BaseException:
             self._forget(optimizer)
             raise
@@ -120,20 +120,11 @@ class Sections:
 
     def share(self, optimizer: Optimizer, all_from_first: bool) -> None:
         """Give every process what the others have, or all that the first one has."""
-        if self.wire is None:
-            return
-        given = (self.all if self.wire.part == 0 else []) if all_from_first else self.own
-        weights = [p for section in given for p in section.part.parameters()]
-        modules = [m for section in given for m in section.part.modules()]
-        model = self.chain.model
-        if all_from_first and given:
-            weights, modules = list(model.parameters()), list(model.modules())
-        own = own_share(model, optimizer, weights, modules), {s.number: s.state_dict() for s in given}
-        for rank, (theirs, states) in enumerate(self.wire.gather(own)):
-            if rank != self.wire.part:
-                take_over(model, optimizer, theirs)
-                for number, state in states.items():
-                    self.all[number].load_state_dict(state, self.chain.device)
+        given = (self.all if self.wire is None or self.wire.part == 0 else []) if all_from_first else self.own
+        states = {section.number: section.state_dict() for section in given}
+        parts = [section.part for section in given]
+        for number, state in share(self.wire, self.chain, optimizer, parts, states).items():
+            self.all[number].load_state_dict(state, self.chain.device)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Of each section."""
@@ -178,7 +169,21 @@ def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
     return Wire(time_limit, device)
 
 
-def _raise(wrong: str | None) -> None:
+def refuse_not_finite(losses: Sequence[Tensor], norm: Tensor) -> None:
+    """See that the terminal loss, as far as this process knows it, and the gradient's norm are finite.
+
+    Raises:
+        FloatingPointError: one is not.
+    """
+    refuse(not_finite(losses[0], norm) if losses else None)
+
+
+def refuse(wrong: str | None) -> None:
+    """Raise what is not finite, in words.
+
+    Raises:
+        FloatingPointError: something is.
+    """
     if wrong is not None:
         raise FloatingPointError(
             f"{wrong}: check the data, lower the learning rate or clip; this process's weights were not updated."

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from horizonplan.algorithms.links import Wire
+from horizonplan.algorithms.part import Part
+from horizonplan.chain import Chain
+
+
+def share(
+    wire: Wire | None, chain: Chain, optimizer: Optimizer, parts: Sequence[Part], states: Mapping[int, Any]
+) -> dict[int, Any]:
+    """Give every process what the others have.
+
+    Args:
+        wire: to the others; ``None``: there are none.
+        chain: the chain.
+        optimizer: its optimiser.
+        parts: those that this process has to give; all of them for the whole model.
+        states: what it gives besides, by part.
+
+    Returns:
+        What the others gave besides, by part.
+    """
+    if wire is None:
+        return {}
+    model, whole = chain.model, bool(parts) and parts[0].first == 0 and parts[-1].last
+    weights = list(model.parameters()) if whole else [p for part in parts for p in part.parameters()]
+    modules = list(model.modules()) if whole else [m for part in parts for m in part.modules()]
+    others: dict[int, Any] = {}
+    for rank, (theirs, besides) in enumerate(
+        wire.gather((own_share(model, optimizer, weights, modules), dict(states)))
+    ):
+        if rank != wire.part:
+            take_over(model, optimizer, theirs)
+            others |= besides
+    return others
 
 
 def own_share(
