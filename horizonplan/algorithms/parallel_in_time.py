@@ -40,8 +40,8 @@ class ParallelInTime(LayerParallel):
         parts: parts of the chain, and processes.
         coarse_factor: blocks of the chain for each block of the coarse model.
         coarse_steps: batches that the coarse model is trained on first; 0: no global prediction.
-        split: where to cut: ``"blocks"`` (equally many, larger parts first), ``"memory"``, ``"resolution"``, or a list
-            of first blocks; see :func:`horizonplan.algorithms.partition.bounds_of`.
+        split: where to cut: ``"blocks"`` (equally many, larger parts first), ``"memory"`` (balanced), or a list of
+            first blocks; see :func:`horizonplan.algorithms.partition.bounds_of`.
         targets: whether the regression sees the batch's targets beside the states. Eq. 6 does not.
         decay: factor on the weight of earlier pairs at each new one; 1, as in Eq. 6: all weigh the same.
         ridge: of the regression, relative to the mean square of what it sees.

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from horizonplan.algorithms.base import LayerParallel, gradient_norm
 from horizonplan.algorithms.links import Mailbox, Port, Wire
 from horizonplan.algorithms.part import Part, check_layers, cut
-from horizonplan.algorithms.sections import meet, refuse_not_finite
+from horizonplan.algorithms.sections import meet, refuse_not_finite, undone
 from horizonplan.algorithms.trial import trial
 from horizonplan.algorithms.whole import share
 from horizonplan.batch import scalar, signature
@@ -91,16 +91,12 @@ class ParallelWindows(LayerParallel):
         self._hear()
         now = [p.detach().clone() for p in self._head]
         self._tell(now)
-        losses = [loss for window in self._own if (loss := window.forward(batch)) is not None]
-        refuse_not_finite(losses, torch.zeros(()))
-        for window in reversed(self._own):
-            window.backward(batch, self._head, self._delayed)
-        losses += [window.port.receive_loss() for window in self._own if not window.part.last]
-        refuse_not_finite(losses, gradient_norm(optimizer))
+        with undone(chain, optimizer, [window.port for window in self._own]):
+            loss = self._gradients(batch, optimizer)
         optimizer.step()
         self._delayed = now if self._wire is None else self._delayed
         self._steps += 1
-        return losses[0]
+        return loss
 
     def gather(self, chain: Chain, optimizer: Optimizer) -> None:
         """See :class:`LayerParallel`."""
@@ -125,6 +121,16 @@ class ParallelWindows(LayerParallel):
         self._steps = state["steps"]
         self._delayed = [value.to(p.device, copy=True) for p, value in zip(self._head, state["head"], strict=False)]
 
+    def _gradients(self, batch: Any, optimizer: Optimizer) -> Tensor:
+        """Accumulate the gradients of this process's windows; returns the terminal loss."""
+        losses = [loss for window in self._own if (loss := window.forward(batch)) is not None]
+        refuse_not_finite(losses, torch.zeros(()))
+        for window in reversed(self._own):
+            window.backward(batch, self._head, self._delayed)
+        losses += [window.port.receive_loss() for window in self._own if not window.part.last]
+        refuse_not_finite(losses, gradient_norm(optimizer))
+        return losses[0]
+
     def _tell(self, head: list[Tensor]) -> None:
         """The last process gives the others the head of this step, for their next one."""
         self._told = self._wire is not None and bool(head)
@@ -136,7 +142,8 @@ class ParallelWindows(LayerParallel):
         """The others take over the head of the step before."""
         if self._wire is not None and self._told and not self._own[0].part.last:
             flat = torch.cat([p.flatten() for p in self._delayed])
-            pieces = self._wire.receive_back(flat, self.parts - 1).split([p.numel() for p in self._delayed])
+            received = self._wire.receive_back(flat, self.parts - 1)
+            pieces = torch.split(received, [p.numel() for p in self._delayed])  # type: ignore[no-untyped-call]
             self._delayed = [piece.view_as(p) for piece, p in zip(pieces, self._delayed, strict=True)]
         self._told = False
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizonplan.algorithms.partition import SPLITS, bounds_of
+from horizonplan.algorithms.partition import bounds_of
 from horizonplan.algorithms.trial import Trial, copies
 from horizonplan.batch import scalar
 from horizonplan.chain import Chain, ChainError
@@ -181,8 +181,8 @@ def check_layers(parts: int, split: str | Sequence[int], time_limit: float) -> N
     """
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise ValueError(f"parts={parts!r}: give a whole number >= 1.")
-    if isinstance(split, str) and split not in SPLITS:
-        raise ValueError(f"split={split!r}: give {', '.join(map(repr, SPLITS))}, or a list of first blocks.")
+    if isinstance(split, str) and split not in ("blocks", "memory"):
+        raise ValueError(f"split={split!r}: give 'blocks', 'memory', or a list of first blocks.")
     if not isinstance(time_limit, int | float) or not 0 < time_limit < math.inf:
         raise ValueError(f"time_limit={time_limit!r}: give a number of seconds > 0.")
 

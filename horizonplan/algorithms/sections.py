@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,19 +94,15 @@ class Sections:
 
     def correct_locally(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
         """Train the parts on a batch (Algorithm 4); returns the loss."""
-        rate = float(optimizer.param_groups[0]["lr"])
-        try:
-            losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
-            refuse_not_finite(losses, torch.zeros(()))
-            for section in reversed(self.own):
-                section.backward(step, rate, self._targets(batch))
-            losses += [section.port.receive_loss() for section in self.own if not section.part.last]
-            refuse_not_finite(losses, gradient_norm(optimizer))
-        except BaseException:
-            self._forget(optimizer)
-            raise
+        with undone(self.chain, optimizer, [section.port for section in self.own]):
+            try:
+                loss = self._gradients(batch, optimizer, step)
+            except BaseException:
+                for section in self.own:
+                    section.waiting = None
+                raise
         optimizer.step()
-        return losses[0]
+        return loss
 
     def gather(self, optimizer: Optimizer, coarse: bool) -> None:
         """Learn from the pairs under way, and give every process everything.
@@ -145,14 +142,16 @@ class Sections:
     def _targets(self, batch: Any) -> Tensor | None:
         return None if self.output is None else known(batch, self.output)
 
-    def _forget(self, optimizer: Optimizer) -> None:
-        """After an error no gradient and no message of the step is left."""
-        for section in self.all:
-            section.waiting = None
-            if isinstance(section.port, Mailbox):
-                section.port.queues.clear()
-        self.chain.model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
+    def _gradients(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
+        """Accumulate the gradients of this process's parts; returns the loss."""
+        rate = float(optimizer.param_groups[0]["lr"])
+        losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
+        refuse_not_finite(losses, torch.zeros(()))
+        for section in reversed(self.own):
+            section.backward(step, rate, self._targets(batch))
+        losses += [section.port.receive_loss() for section in self.own if not section.part.last]
+        refuse_not_finite(losses, gradient_norm(optimizer))
+        return losses[0]
 
 
 def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
@@ -167,6 +166,20 @@ def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
     if world != parts:
         raise ValueError(f"parts={parts}: there are {world} processes; start as many as parts, or one that does all.")
     return Wire(time_limit, device)
+
+
+@contextmanager
+def undone(chain: Chain, optimizer: Optimizer, ports: Sequence[Port]) -> Iterator[None]:
+    """After an error no gradient is left, and in one process no message."""
+    try:
+        yield
+    except BaseException:
+        chain.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        for port in ports:
+            if isinstance(port, Mailbox):
+                port.queues.clear()
+        raise
 
 
 def refuse_not_finite(losses: Sequence[Tensor], norm: Tensor) -> None:

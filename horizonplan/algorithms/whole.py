@@ -35,9 +35,8 @@ def share(
     weights = list(model.parameters()) if whole else [p for part in parts for p in part.parameters()]
     modules = list(model.modules()) if whole else [m for part in parts for m in part.modules()]
     others: dict[int, Any] = {}
-    for rank, (theirs, besides) in enumerate(
-        wire.gather((own_share(model, optimizer, weights, modules), dict(states)))
-    ):
+    own = own_share(model, optimizer, weights, modules), dict(states)
+    for rank, (theirs, besides) in enumerate(wire.gather(own)):
         if rank != wire.part:
             take_over(model, optimizer, theirs)
             others |= besides
