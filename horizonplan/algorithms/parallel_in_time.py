@@ -94,10 +94,10 @@ class ParallelInTime(LayerParallel):
         parts = cut(chain, found, self.parts, self.split)
         states, bounds = (found.entry, *found.states), [*(part.first for part in parts), chain.depth]
         coarse = Coarse(chain, bounds, self.coarse_factor, states) if self.coarse_steps else None
-        predictors = [Regression(self.decay, self.ridge) if not part.last else None for part in parts]
         output = found.output if self.targets else None
+        predictors = [None if part.last else Regression(self.decay, self.ridge, output) for part in parts]
         self.steps = 0
-        self._ready = Sections(chain, parts, predictors, coarse, output, self.exact, self.time_limit)
+        self._ready = Sections(chain, parts, predictors, coarse, self.exact, self.time_limit)
 
     def step(self, chain: Chain, batch: Any, optimizer: Optimizer) -> Tensor:
         """Train on one batch; returns the model's loss (the coarse model's at first), detached, shape ``()``.

@@ -143,7 +143,7 @@ class ParallelWindows(LayerParallel):
         if self._wire is not None and self._told and not self._own[0].part.last:
             flat = torch.cat([p.flatten() for p in self._delayed])
             received = self._wire.receive_back(flat, self.parts - 1)
-            pieces = torch.split(received, [p.numel() for p in self._delayed])  # type: ignore[no-untyped-call]
+            pieces = torch.split(received, [p.numel() for p in self._delayed])
             self._delayed = [piece.view_as(p) for piece, p in zip(pieces, self._delayed, strict=True)]
         self._told = False
 

@@ -35,24 +35,29 @@ class Regression:
     Args:
         decay: factor on the weight of earlier pairs at each new batch; 1: all pairs weigh the same.
         ridge: relative to the mean square of what is regressed on.
+        output: a tensor of the shape of the model's output; ``None``: the targets are not regressed on.
 
     Attributes:
         kind: which of the three, once a pair is known.
     """
 
-    def __init__(self, decay: float, ridge: float) -> None:
-        self.decay, self.ridge = decay, ridge
+    def __init__(self, decay: float, ridge: float, output: Tensor | None) -> None:
+        self.decay, self.ridge, self.output = decay, ridge, output
         self.kind: str | None = None
         self.products: Tensor | None = None  # (f, f): of what is regressed on
         self.mixed: Tensor | None = None  # (f, q): of that with the co-states
         self.mixing: Tensor | None = None  # (C, 64)
+
+    def targets(self, batch: Any, state: Tensor) -> Tensor | None:
+        """What is regressed on besides the state; see :func:`known`."""
+        return None if self.output is None else known(batch, self.output, len(state))
 
     def add(self, state: Tensor, target: Tensor | None, costate: Tensor) -> None:
         """Learn from the pairs of one batch.
 
         Args:
             state: ``(B, ...)``.
-            target: from :func:`known`.
+            target: from :meth:`targets`.
             costate: the gradient of the batch's mean loss in ``state``.
         """
         x = self._rows(state, target)
@@ -113,19 +118,20 @@ def kind_of(state: Tensor) -> str:
     return "channels" if state.shape[_channel_axis(state)] <= CHANNELS else "low-rank"
 
 
-def known(batch: Any, output: Tensor | None) -> Tensor | None:
+def known(batch: Any, output: Tensor, samples: int) -> Tensor | None:
     """The targets of a batch as numbers: classes one-hot, values as they are.
 
     Args:
         batch: the batch.
         output: a tensor of the shape of the model's output.
+        samples: of the state (its first axis).
 
     Returns:
-        ``(B, k)``, or ``(B, N, k)`` for a class at each position; ``None`` for targets of another form, and for more
-        than 64 classes or values.
+        ``(B, k)``, or ``(B, N, k)`` for a class at each position; ``None`` for targets of another form or number, and
+        for more than 64 classes or values.
     """
     target = target_of(batch)
-    if not isinstance(target, Tensor) or output is None or target.ndim == 0:
+    if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != samples:
         return None
     if not target.is_floating_point():
         classes = output.shape[-1]

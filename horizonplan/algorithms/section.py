@@ -73,19 +73,19 @@ class Section:
         self.port.send_loss(loss)
         return loss
 
-    def backward(self, step: int, rate: float, target: Tensor | None) -> None:
+    def backward(self, step: int, rate: float, batch: Any) -> None:
         """Accumulate the part's gradients, and hand the gradient in x(first) on.
 
         Args:
             step: the step's number.
             rate: the learning rate, for Eq. 7.
-            target: what the regression sees besides the state.
+            batch: the batch.
         """
         end, self.end = self.end, torch.empty(0)
         if self.part.last:
             torch.autograd.backward(end)
         else:
-            cotangent = self._cotangent(end, step, rate, target)
+            cotangent = self._cotangent(end, step, rate, batch)
             if end.requires_grad:
                 torch.autograd.backward(end, cotangent)
         leaf, self.part.leaf = self.part.leaf, None
@@ -127,13 +127,14 @@ class Section:
         if self.regression is not None:
             self.regression.load_state_dict(state["regression"], device)
 
-    def _cotangent(self, end: Tensor, step: int, rate: float, target: Tensor | None) -> Tensor:
+    def _cotangent(self, end: Tensor, step: int, rate: float, batch: Any) -> Tensor:
         """The gradient in x(stop), predicted (Eq. 6) or true."""
         state = end.detach()
         if self.exact:
             return self.port.receive_back(state, self.number + 1)
         assert self.regression is not None
         self.absorb()
+        target = self.regression.targets(batch, state)
         predicted = self.regression.predict(state, target)
         self.waiting = step, rate, state, target, predicted
         return predicted

@@ -15,7 +15,7 @@ from horizonplan.algorithms.base import gradient_norm, not_finite
 from horizonplan.algorithms.coarse import Coarse
 from horizonplan.algorithms.links import Mailbox, Port, Wire
 from horizonplan.algorithms.part import Part
-from horizonplan.algorithms.regression import Regression, known
+from horizonplan.algorithms.regression import Regression
 from horizonplan.algorithms.section import PredictionError, Section
 from horizonplan.algorithms.whole import share
 from horizonplan.chain import Chain
@@ -29,7 +29,6 @@ class Sections:
         parts: all of its parts.
         predictors: for each part; the last has none.
         coarse: the coarse model, if there is a global prediction.
-        output: a tensor of the shape of the model's output, if the regression is to see the targets.
         exact: wait for the true co-states.
         time_limit: seconds that a process waits for another one.
 
@@ -44,11 +43,10 @@ class Sections:
         parts: Sequence[Part],
         predictors: Sequence[Regression | None],
         coarse: Coarse | None,
-        output: Tensor | None,
         exact: bool,
         time_limit: float,
     ) -> None:
-        self.chain, self.coarse, self.output = chain, coarse, output
+        self.chain, self.coarse = chain, coarse
         self.wire = meet(len(parts), time_limit, chain.device)
         ports: Sequence[Port] = Mailbox.ports(len(parts)) if self.wire is None else [self.wire] * len(parts)
         self.all = [
@@ -137,10 +135,7 @@ class Sections:
         assert self.coarse is not None
         for section in self.all[:-1]:
             if (pair := self.coarse.pairs.get(section.part.stop)) is not None and section.regression is not None:
-                section.regression.add(pair[0], self._targets(batch), pair[1])
-
-    def _targets(self, batch: Any) -> Tensor | None:
-        return None if self.output is None else known(batch, self.output)
+                section.regression.add(pair[0], section.regression.targets(batch, pair[0]), pair[1])
 
     def _gradients(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
         """Accumulate the gradients of this process's parts; returns the loss."""
@@ -148,7 +143,7 @@ class Sections:
         losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
         refuse_not_finite(losses, torch.zeros(()))
         for section in reversed(self.own):
-            section.backward(step, rate, self._targets(batch))
+            section.backward(step, rate, batch)
         losses += [section.port.receive_loss() for section in self.own if not section.part.last]
         refuse_not_finite(losses, gradient_norm(optimizer))
         return losses[0]
