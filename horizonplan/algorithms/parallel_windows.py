@@ -122,13 +122,13 @@ class ParallelWindows(LayerParallel):
         self._delayed = [value.to(p.device, copy=True) for p, value in zip(self._head, state["head"], strict=False)]
 
     def _gradients(self, batch: Any, optimizer: Optimizer) -> Tensor:
-        """Accumulate the gradients of this process's windows; returns the terminal loss."""
-        losses = [loss for window in self._own if (loss := window.forward(batch)) is not None]
-        refuse_not_finite(losses, torch.zeros(()))
-        for window in reversed(self._own):
-            window.backward(batch, self._head, self._delayed)
+        """Accumulate the gradients of this process's windows, one after another; returns the terminal loss."""
+        losses = []
+        for window in self._own:
+            if (loss := window.run(batch, self._head, self._delayed)) is not None:
+                losses.append(loss)
         losses += [window.port.receive_loss() for window in self._own if not window.part.last]
-        refuse_not_finite(losses, gradient_norm(optimizer))
+        refuse_not_finite(losses[0], gradient_norm(optimizer))
         return losses[0]
 
     def _tell(self, head: list[Tensor]) -> None:
@@ -154,32 +154,39 @@ class _Window:
     def __init__(self, part: Part, port: Port) -> None:
         self.part, self.port = part, port
 
-    def forward(self, batch: Any) -> Tensor | None:
-        """Run the window and hand its state on; the last one returns the loss, detached, and tells it."""
-        key = signature(batch) or None
-        self.end = self.part.run(batch, lambda: self.port.receive_state(key))
-        if not self.part.last:
-            self.port.send_state(self.end.detach(), key)
-            return None
-        loss = self.end.detach()
-        self.port.send_loss(loss)
-        return loss
+    def run(self, batch: Any, head: Sequence[nn.Parameter], delayed: Sequence[Tensor]) -> Tensor | None:
+        """Run the window, hand its state on, and accumulate its gradients, of the loss at its end.
 
-    def backward(self, batch: Any, head: Sequence[nn.Parameter], delayed: Sequence[Tensor]) -> None:
-        """Accumulate the window's gradients, of the loss at its end."""
-        end, self.end, self.part.leaf = self.end, torch.empty(0), None
+        Args:
+            batch: the batch.
+            head: the head's parameters.
+            delayed: their earlier values.
+
+        Returns:
+            The terminal loss, detached, which the last window tells the others; ``None`` for these.
+        """
+        key = signature(batch) or None
+        end = self.part.run(batch, lambda: self.port.receive_state(key))
+        self.part.leaf = None
         if self.part.last:
+            self.port.send_loss(end.detach())
             torch.autograd.backward(end)
-            return
-        if not end.requires_grad:
-            return
-        z = end.detach().requires_grad_()
+            return end.detach()
+        self.port.send_state(end.detach(), key)
+        if end.requires_grad:
+            torch.autograd.backward(end, self._cotangent(end.detach().requires_grad_(), batch, head, delayed))
+        return None
+
+    def _cotangent(
+        self, z: Tensor, batch: Any, head: Sequence[nn.Parameter], delayed: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The gradient of the window's loss in its end."""
         chain = self.part.chain
         with chain.running(), _values(head, delayed), torch.enable_grad():
             shapes = chain.shapes_for(batch, [None] * self.part.stop + [z.detach()])
             loss = scalar(chain.loss_at(z, batch, self.part.standins, shapes, self.part.outputs))
             torch.autograd.backward(loss, inputs=[z])
-        torch.autograd.backward(end, z.grad)
+        return z.grad
 
 
 @contextmanager

@@ -73,19 +73,8 @@ class Sections:
             optimizer: the user's, over the fine model's weights.
             last: whether local correction follows; the other processes then take over all that the first one has.
         """
-        assert self.coarse is not None
-        wrong, loss = None, torch.zeros((), device=self.chain.device)
-        if self.wire is None or self.wire.part == 0:
-            loss = self.coarse.backward(batch)
-            wrong = not_finite(loss, gradient_norm(optimizer))
-            if wrong is None:
-                optimizer.step()
-                self.coarse.prolong()
-                self._learn(batch)
-        if self.wire is not None:
-            wrong, value = self.wire.gather((wrong, loss.item()))[0]
-            loss = loss.new_tensor(value)
-        refuse(wrong)
+        with undone(self.chain, optimizer, []):
+            loss = self._coarse_step(batch, optimizer)
         if last:
             self.share(optimizer, all_from_first=True)
         return loss
@@ -130,6 +119,22 @@ class Sections:
         for section, state in zip(self.all, states, strict=True):
             section.load_state_dict(state, self.chain.device)
 
+    def _coarse_step(self, batch: Any, optimizer: Optimizer) -> Tensor:
+        assert self.coarse is not None
+        loss, norm = torch.zeros((), device=self.chain.device), torch.zeros(())
+        if self.wire is None or self.wire.part == 0:
+            loss = self.coarse.backward(batch)
+            norm = gradient_norm(optimizer)
+        if self.wire is not None:
+            value, size = self.wire.gather((loss.item(), norm.item()))[0]
+            loss, norm = loss.new_tensor(value), loss.new_tensor(size)
+        refuse_not_finite(loss, norm)
+        if self.wire is None or self.wire.part == 0:
+            optimizer.step()
+            self.coarse.prolong()
+            self._learn(batch)
+        return loss
+
     def _learn(self, batch: Any) -> None:
         """Pairs of the coarse model are the regressions' first ones."""
         assert self.coarse is not None
@@ -141,11 +146,12 @@ class Sections:
         """Accumulate the gradients of this process's parts; returns the loss."""
         rate = float(optimizer.param_groups[0]["lr"])
         losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
-        refuse_not_finite(losses, torch.zeros(()))
+        for loss in losses:  # before anything is sent back
+            refuse_not_finite(loss, torch.zeros_like(loss))
         for section in reversed(self.own):
             section.backward(step, rate, batch)
         losses += [section.port.receive_loss() for section in self.own if not section.part.last]
-        refuse_not_finite(losses, gradient_norm(optimizer))
+        refuse_not_finite(losses[0], gradient_norm(optimizer))
         return losses[0]
 
 
@@ -177,22 +183,13 @@ def undone(chain: Chain, optimizer: Optimizer, ports: Sequence[Port]) -> Iterato
         raise
 
 
-def refuse_not_finite(losses: Sequence[Tensor], norm: Tensor) -> None:
-    """See that the terminal loss, as far as this process knows it, and the gradient's norm are finite.
+def refuse_not_finite(loss: Tensor, norm: Tensor) -> None:
+    """See that a loss and a gradient's norm are finite.
 
     Raises:
         FloatingPointError: one is not.
     """
-    refuse(not_finite(losses[0], norm) if losses else None)
-
-
-def refuse(wrong: str | None) -> None:
-    """Raise what is not finite, in words.
-
-    Raises:
-        FloatingPointError: something is.
-    """
-    if wrong is not None:
+    if wrong := not_finite(loss, norm):
         raise FloatingPointError(
             f"{wrong}: check the data, lower the learning rate or clip; this process's weights were not updated."
         )
