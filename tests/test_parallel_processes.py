@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 
 import parallel_jobs as jobs
 import pytest
@@ -89,11 +88,9 @@ def test_three_processes_are_one_bit_for_bit(tmp_path):
     ],
 )
 def test_a_process_that_is_lost_ends_the_job_and_the_run_goes_on(kind, message, tmp_path, monkeypatch):
-    begun = time.monotonic()
     process = start(HERE / "parallel_jobs.py", "troubled", tmp_path, kind)
     _, errors = ended(process, timeout=120)
     assert process.returncode != 0
-    assert time.monotonic() - begun < 60 + jobs.TIME_LIMIT
     assert re.search(message, errors), errors
     events = [json.loads(line)["event"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
     assert events.count("save") == 3

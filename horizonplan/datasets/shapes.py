@@ -52,7 +52,7 @@ def swiss_roll(points: int = 1200, validation: int = 300, seed: int = 0) -> tupl
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(points) % 2
     along = torch.rand(points, generator=generator)
-    radius, angle = along + 0.2 * labels, 4 * math.pi * along
+    radius, angle = 3 * along + 0.6 * labels, 4 * math.pi * along
     where = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
     return _split(where, labels, validation, generator)
 
