@@ -8,8 +8,9 @@ Globally, Correct Locally: Parallel-in-Time Optimal Control of Neural Networks",
 processes of one thread each, in which all methods make their steps in turn, a few at a time; serial methods run in one
 of them while the other waits. It keeps each round's wall time and the CPU time of both processes: on a machine that
 others use too, the wall time of two processes measures the others. What two idle cores would need is at least the
-larger of the two CPU times. A cell "train" is a whole training; its method runs in one process, which gives the same weights
-bit for bit as two (tests/test_parallel_processes.py). Each cell is one entry of benchmarks/results/parallel/cells.json.
+larger of the two CPU times. A cell "train" is a whole training; its method runs in one process, which gives the same
+weights bit for bit as two (tests/test_parallel_processes.py). Each cell is one entry of
+benchmarks/results/parallel/cells.json.
 """
 
 from __future__ import annotations

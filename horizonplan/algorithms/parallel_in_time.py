@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -113,9 +112,6 @@ class ParallelInTime(LayerParallel):
         if self._ready is None or self._ready.chain is not chain:
             self.prepare(chain, batch)
         sections = self._prepared()
-        chain.model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()
         if self.steps < self.coarse_steps:
             loss = sections.predict_globally(batch, optimizer, last=self.steps + 1 == self.coarse_steps)
         else:

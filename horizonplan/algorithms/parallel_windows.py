@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from horizonplan.algorithms.base import LayerParallel, gradient_norm
 from horizonplan.algorithms.links import Mailbox, Port, Wire
 from horizonplan.algorithms.part import Part, check_layers, cut
-from horizonplan.algorithms.sections import meet, refuse_not_finite, undone
+from horizonplan.algorithms.sections import fresh, meet, refuse_not_finite
 from horizonplan.algorithms.trial import trial
 from horizonplan.algorithms.whole import share
 from horizonplan.batch import scalar, signature
@@ -66,6 +66,7 @@ class ParallelWindows(LayerParallel):
         self._all = [_Window(part, port) for part, port in zip(parts, ports, strict=True)]
         self._own = self._all if self._wire is None else [self._all[self._wire.part]]
         self._chain, self._steps, self._told = chain, 0, False
+        self._weights = list(chain.parameters())
         self._head = [p for p in chain.layout.head if p.requires_grad]
         self._delayed: list[Tensor] = []
 
@@ -81,9 +82,6 @@ class ParallelWindows(LayerParallel):
         """
         if self._chain is not chain:
             self.prepare(chain, batch)
-        chain.model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()
         if self._steps == 0:
             first = self._wire is None or self._wire.part == 0
             share(self._wire, chain, optimizer, [w.part for w in self._all] if first else [], {})
@@ -91,7 +89,7 @@ class ParallelWindows(LayerParallel):
         self._hear()
         now = [p.detach().clone() for p in self._head]
         self._tell(now)
-        with undone(chain, optimizer, [window.port for window in self._own]):
+        with fresh(self._weights, optimizer, [window.port for window in self._own]):
             loss = self._gradients(batch, optimizer)
         optimizer.step()
         self._delayed = now if self._wire is None else self._delayed

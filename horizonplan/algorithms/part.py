@@ -49,6 +49,7 @@ class Part:
         self.chain, self.first, self.stop, self.pulls = chain, first, stop, pulls
         shapes = [tuple(s.shape[1:]) for s in states]
         self.reshaped = {t: shapes[t + 1] for t in range(max(0, first - 1)) if shapes[t] != shapes[t + 1]}
+        self.devices = rng_devices(chain.model)
         self.leaf: Tensor | None = None
         self.standins: dict[nn.Module, list[Any]] = {}
         self.outputs: list[Output | None] = list(chain.layout.outputs)
@@ -98,7 +99,7 @@ class Part:
         try:
             with ExitStack() as self.before, chain.running(), intercept(handlers), torch.enable_grad():
                 if self.first > 0:
-                    self.before.enter_context(torch.random.fork_rng(devices=rng_devices(chain.model)))
+                    self.before.enter_context(torch.random.fork_rng(devices=self.devices))
                     outside = [m for top in chain.layout.outer for m in top.modules()]
                     self.before.enter_context(scratch_buffers(outside))
                     self.before.enter_context(torch.no_grad())
@@ -127,14 +128,13 @@ class Part:
         self.turn += 1
         if t < self.first:
             return self._passed(t, self.chain.layout.slots[t].get(args, kwargs))
-        output = Output.of(result := original(*args, **kwargs))
-        if output is None:
-            raise ChainError(f"block {self.chain.names[t]!r} returned no tensor.")
-        self.outputs[t] = output.skeleton()
-        if t + 1 == self.stop < self.chain.depth:
-            self.state = output.state
-            raise _Left
-        return result
+        result = original(*args, **kwargs)
+        if t + 1 < self.stop or self.last:
+            return result
+        output = Output.of(result)
+        assert output is not None  # the chain was traced
+        self.outputs[t], self.state = output.skeleton(), output.state
+        raise _Left
 
     def _passed(self, t: int, state: Tensor) -> Any:
         """What block ``t``, which is before the part, returns in it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from horizonplan.algorithms.base import gradient_norm, not_finite
@@ -53,6 +53,7 @@ class Sections:
             Section(number, *of_part, exact)
             for number, of_part in enumerate(zip(parts, ports, predictors, strict=True))
         ]
+        self.weights = list(chain.parameters())  # walking through the modules takes longer than clearing
         self.own = self.all if self.wire is None else [self.all[self.wire.part]]
 
     @property
@@ -73,7 +74,7 @@ class Sections:
             optimizer: the user's, over the fine model's weights.
             last: whether local correction follows; the other processes then take over all that the first one has.
         """
-        with undone(self.chain, optimizer, []):
+        with fresh(self.weights, optimizer, []):
             loss = self._coarse_step(batch, optimizer)
         if last:
             self.share(optimizer, all_from_first=True)
@@ -81,7 +82,7 @@ class Sections:
 
     def correct_locally(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
         """Train the parts on a batch (Algorithm 4); returns the loss."""
-        with undone(self.chain, optimizer, [section.port for section in self.own]):
+        with fresh(self.weights, optimizer, [section.port for section in self.own]):
             try:
                 loss = self._gradients(batch, optimizer, step)
             except BaseException:
@@ -170,13 +171,17 @@ def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
 
 
 @contextmanager
-def undone(chain: Chain, optimizer: Optimizer, ports: Sequence[Port]) -> Iterator[None]:
-    """After an error no gradient is left, and in one process no message."""
+def fresh(weights: Sequence[nn.Parameter], optimizer: Optimizer, ports: Sequence[Port]) -> Iterator[None]:
+    """No gradient is there at the start; after an error none is left, and in one process no message."""
+    torch.clear_autocast_cache()  # an optimiser may have changed the weights behind it
+    held = [*weights, *(p for group in optimizer.param_groups for p in group["params"])]
+    for p in held:
+        p.grad = None
     try:
         yield
     except BaseException:
-        chain.model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
+        for p in held:
+            p.grad = None
         for port in ports:
             if isinstance(port, Mailbox):
                 port.queues.clear()
