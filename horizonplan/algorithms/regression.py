@@ -22,15 +22,16 @@ from horizonplan.batch import target_of
 FULL = 256  # entries of a sample's state up to which all of them are regressed on all of them
 CHANNELS = 256  # channels of a position up to which all of them are regressed on all of them
 RANK = 64  # beyond that
-MOST_TARGETS = 64  # classes, or numbers of a target, that are regressed on
+MOST_ROWS = 4096  # samples or positions of a batch that are learned from
+MOST_TARGETS = 256  # classes, or numbers of a target, that are regressed on
 
 
 class Regression:
     """Streaming ridge regression from states to co-states.
 
     Small states (at most 256 entries a sample, and no sequences) are regressed whole: ``"full"``. Of others every
-    position is a sample of its own, with the same coefficients: ``"channels"``; and if a position has more than 256
-    channels, they are regressed on 64 random combinations of them: ``"low-rank"``.
+    position is regressed by itself, with the same coefficients, on its channels and on their means over all positions:
+    ``"channels"``; and if there are more than 256 channels, on 64 random combinations of them: ``"low-rank"``.
 
     Args:
         decay: factor on the weight of earlier pairs at each new batch; 1: all pairs weigh the same.
@@ -60,8 +61,13 @@ class Regression:
             target: from :meth:`targets`.
             costate: the gradient of the batch's mean loss in ``state``.
         """
-        x = self._rows(state, target)
-        y = _flat(costate, self.kind).double() * len(state)  # of a sample's own loss: batches differ in size
+        rows, of_sample = self._regressors(state, target)
+        y = _flat(costate, self.kind)
+        every = -(-len(rows) // MOST_ROWS)
+        spread = of_sample.repeat_interleave(len(rows) // len(of_sample), 0)
+        x = torch.cat([rows[::every], spread[::every]], 1).double()
+        y = y[::every].double() * (len(state) * every**0.5)  # of a sample's own loss: batches differ in size
+        x = x * every**0.5
         if self.products is None:
             self.products, self.mixed = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
         assert self.mixed is not None
@@ -72,11 +78,12 @@ class Regression:
         """The co-state of the batch's mean loss; zero while no pair is known."""
         if self.products is None or self.mixed is None:
             return torch.zeros_like(state)
-        x, size = self._rows(state, target), len(self.products)
-        ridge = self.ridge * self.products.diagonal().mean()
-        eye = torch.eye(size, dtype=x.dtype, device=x.device)
-        coefficients = torch.linalg.solve(self.products + (ridge + torch.finfo(x.dtype).tiny) * eye, self.mixed)
-        return _unflat(x @ coefficients / len(state), state, self.kind).to(state.dtype)
+        ridge = self.ridge * self.products.diagonal().mean() + torch.finfo(torch.float64).tiny
+        solved = torch.linalg.solve(self.products + ridge * torch.eye(len(self.products)).to(self.products), self.mixed)
+        rows, of_sample = self._regressors(state, target)
+        local, common = (solved / len(state)).to(state.dtype).split([rows.shape[1], of_sample.shape[1]])
+        found = (rows @ local).reshape(len(of_sample), -1, local.shape[1]) + (of_sample @ common).unsqueeze(1)
+        return _unflat(found.flatten(0, 1), state, self.kind)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""
@@ -89,15 +96,21 @@ class Regression:
         kept = (None if (t := state[n]) is None else t.to(device, copy=True) for n in ("products", "mixed", "mixing"))
         self.products, self.mixed, self.mixing = kept
 
-    def _rows(self, state: Tensor, target: Tensor | None) -> Tensor:
-        """What is regressed on: ``(samples or positions, f)``, the last one a 1."""
+    def _regressors(self, state: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is regressed on, of each sample or position, and of each sample (the last one a 1)."""
         if self.kind is None:
             self.kind = kind_of(state)
-        x = _flat(state, self.kind).double()
+        rows = _flat(state, self.kind)
         if self.kind == "low-rank":
-            x = x @ self._mixing(x)
-        parts = [x, *([] if target is None else [_spread(target, len(state), len(x))]), x.new_ones(len(x), 1)]
-        return torch.cat(parts, 1)
+            rows = rows @ self._mixing(rows)
+        of_sample = [state.new_ones(len(state), 1)]
+        if self.kind != "full":
+            of_sample.insert(0, rows.reshape(len(state), -1, rows.shape[1]).mean(1))
+        if target is not None and target.ndim == 3 and len(rows) == target.shape[0] * target.shape[1]:
+            rows = torch.cat([rows, target.flatten(0, 1).to(rows)], 1)
+        elif target is not None:
+            of_sample.insert(0, (target.mean(1) if target.ndim == 3 else target).to(rows))
+        return rows, torch.cat(of_sample, 1)
 
     def _mixing(self, x: Tensor) -> Tensor:
         if self.mixing is None:
@@ -128,7 +141,7 @@ def known(batch: Any, output: Tensor, samples: int) -> Tensor | None:
 
     Returns:
         ``(B, k)``, or ``(B, N, k)`` for a class at each position; ``None`` for targets of another form or number, and
-        for more than 64 classes or values.
+        for more than 256 classes or values.
     """
     target = target_of(batch)
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != samples:
@@ -158,11 +171,3 @@ def _unflat(rows: Tensor, like: Tensor, kind: str | None) -> Tensor:
         return rows.reshape(like.shape)
     axis = _channel_axis(like)
     return rows.reshape(like.movedim(axis, -1).shape).movedim(-1, axis).contiguous()
-
-
-def _spread(target: Tensor, samples: int, rows: int) -> Tensor:
-    """Targets for each row: of each position, or the sample's (a mean over positions) at all of its positions."""
-    if target.ndim == 3 and rows == target.shape[0] * target.shape[1]:
-        return target.flatten(0, 1)
-    whole = target.mean(1) if target.ndim == 3 else target
-    return whole.repeat_interleave(rows // samples, 0)

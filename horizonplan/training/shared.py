@@ -1,7 +1,7 @@
 """Runs whose processes share the layers: every process sees every batch, and the processes are up to a step apart.
 
 A process tells the others before each step what it has for it, and hears what they said before the step before. So
-none waits for another one's present step, and all stop, or end, at the same one.
+none waits for another one's present step, and all stop, or end, at the same one (a step after one of them asked to).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 from horizonplan.algorithms import Algorithm, LayerParallel
+from horizonplan.algorithms.links import answered
 from horizonplan.batch import tensors
 from horizonplan.training import state
 from horizonplan.training.data import Turn
@@ -41,7 +43,7 @@ def rounds(run: Run, asked: Asked, to_stop: Callable[[], bool]) -> Iterator[tupl
     turns: list[Turn] | None = None
     while turns != []:
         if turns is not None:
-            stops, ends = _agreed(run, team.heard())
+            stops, ends = _agreed(run)
             if ends:
                 state.save(run)
                 run.log.event("terminated", step=run.step)
@@ -52,7 +54,7 @@ def rounds(run: Run, asked: Asked, to_stop: Callable[[], bool]) -> Iterator[tupl
         team.say(run.stop_reason is not None, asked.to_end, len(turns), fingerprint(turns))
         if turns:
             yield turns, [1.0]
-    _agreed(run, team.heard())
+    _agreed(run)
 
 
 def fingerprint(turns: list[Turn]) -> float:
@@ -61,13 +63,16 @@ def fingerprint(turns: list[Turn]) -> float:
     return sum(value * (place + 1) for place, value in enumerate(found))
 
 
-def _agreed(run: Run, said: list[list[float]]) -> tuple[bool, bool]:
-    """Whether to stop, and to end, if all had the same batch."""
+def _agreed(run: Run) -> tuple[bool, bool]:
+    """Whether to stop, and to end, as all said last, if all had the same batch then."""
+    method: Any = run.algorithm
+    with answered(method.time_limit):
+        said = run.stepper.team.heard()
     stops, ends, counts, prints = (list(column) for column in zip(*said, strict=True))
     same = len(set(counts)) == 1 and (len(set(prints)) == 1 or all(map(math.isnan, prints)))
     if not same:
         raise ValueError(
-            f"data: before step {run.step} the processes had different batches; with {type(run.algorithm).__name__} "
+            f"data: before step {run.step} the processes had different batches; with {type(method).__name__} "
             "all need the same ones in the same order: give a seeded generator, and no sampler that shares."
         )
     return any(stops), any(ends)
