@@ -142,7 +142,7 @@ class Wire:
     def receive_loss(self) -> Tensor:
         """See :class:`Port`."""
         value = self._receive(torch.empty(1, dtype=torch.float64), self.parts - 1, self.talk)
-        return value[0].to(self.device, torch.get_default_dtype())
+        return value[0].to(self.device)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, by rank."""

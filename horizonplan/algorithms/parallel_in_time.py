@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +65,7 @@ class ParallelInTime(LayerParallel):
     decay: float = 0.95
     ridge: float = 1e-3
     exact: bool = False
-    time_limit: float = 300.0
+    time_limit: float = field(default=300.0, repr=False)  # a run may be resumed with another one
 
     def __post_init__(self) -> None:
         self._check()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,12 +41,12 @@ class ParallelWindows(LayerParallel):
         ValueError: bad arguments.
 
     >>> ParallelWindows(parts=2)
-    ParallelWindows(parts=2, split='blocks', time_limit=300.0)
+    ParallelWindows(parts=2, split='blocks')
     """
 
     parts: int = 2
     split: str | Sequence[int] = "blocks"
-    time_limit: float = 300.0
+    time_limit: float = field(default=300.0, repr=False)  # a run may be resumed with another one
 
     def __post_init__(self) -> None:
         check_layers(self.parts, self.split, self.time_limit)
