@@ -184,6 +184,8 @@ def cells() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             for method in (*METHODS, LONG):
                 yield f"train {name} {depth} {method} 0", partial(train, name, depth, method, 0)
     yield "time digits 512", partial(times, "digits", 512)
+    for depth in (64, 256):
+        yield f"time swiss roll {depth}", partial(times, "swiss roll", depth)
     for method in ("SGD", "parallel", "single level"):
         yield f"train digits 256 {method} 0", partial(train, "digits", 256, method, 0)
         for name in ("digits", "swiss roll"):
