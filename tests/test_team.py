@@ -21,12 +21,12 @@ HERE = Path(__file__).parent
 RUN = "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 
-def start(*arguments, folder=HERE):
+def start(*arguments, folder=HERE, run=RUN):
     """torchrun in two processes, in a group of its own."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
-        [sys.executable, *RUN, *map(str, arguments)],
+        [sys.executable, *run, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -75,6 +75,26 @@ class GradientMethod(Algorithm):
         return loss
 
 
+class LayerParallel(Algorithm):
+    """A method whose processes share the layers, not the samples: each sees every batch and trains blocks of its own.
+
+    Between steps a process has the weights of its own blocks; :meth:`gather` brings them together. One process by
+    itself does all of the work, with the same result.
+
+    Attributes:
+        time_limit: seconds that a process waits for another one before it gives up.
+    """
+
+    time_limit: float
+
+    @abstractmethod
+    def gather(self, chain: Chain, optimizer: torch.optim.Optimizer) -> None:
+        """Give every process all weights, buffers, optimiser state and state of the method, as one process has them.
+
+        To be called on all processes, before weights are saved or evaluated.
+        """
+
+
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of all gradients, which shows any that is not finite; 0 where there are none."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

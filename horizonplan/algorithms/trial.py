@@ -29,6 +29,7 @@ class Trial:
             those of what runs between two blocks with the second.
         loss: the terminal loss.
         result: the output itself, for a loss to be tried on.
+        entry: for x(0), what ``states`` is for the others.
     """
 
     states: tuple[Tensor, ...]
@@ -36,6 +37,7 @@ class Trial:
     kept_bytes: tuple[int, ...]
     loss: Tensor
     result: Any
+    entry: Tensor
 
 
 def trial(chain: Chain, batch: Any) -> Trial:
@@ -56,6 +58,7 @@ class _Watch:
         self.kept: dict[int, dict[int, int]] = defaultdict(dict)
         self.states: list[Tensor] = []
         self.last: Tensor | None = None
+        self.entry: Tensor | None = None
         self.result: Any = None
 
     def run(self, batch: Any) -> Trial:
@@ -69,7 +72,8 @@ class _Watch:
         found = output_tensor(self.result)
         kept = tuple(sum(self.kept[t].values()) for t in range(chain.depth))
         output = hollow(found) if isinstance(found, Tensor) else None
-        return Trial(tuple(self.states), output, kept, loss.detach(), self.result)
+        assert self.entry is not None
+        return Trial(tuple(self.states), output, kept, loss.detach(), self.result, self.entry)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -80,6 +84,7 @@ class _Watch:
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
         given = self.chain.layout.slots[t].get(args, kwargs)
         version = given._version
+        self.entry = hollow(given) if t == 0 else self.entry
         output = Output.of(original(*args, **kwargs))
         assert output is not None  # the chain was traced
         if t > 0 and self.chain.layout.copy_input[t] is None:

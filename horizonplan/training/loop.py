@@ -22,6 +22,7 @@ from horizonplan.training.options import Options
 from horizonplan.training.progress import Reporter
 from horizonplan.training.run import Run
 from horizonplan.training.schedules import DecayOnGrowth
+from horizonplan.training.shared import rounds
 from horizonplan.training.signals import Asked, Terminated
 from horizonplan.training.step import samples
 
@@ -78,7 +79,8 @@ class Loop:
         run, before = self.run, self.run.step
         started = time.perf_counter()
         run.log.event("epoch_begin", epoch=run.epoch, algorithm=str(run.algorithm), horizon=run.horizon)
-        for turns, shares in self._rounds():
+        layers = run.stepper.team.layers
+        for turns, shares in rounds(run, self.asked, self._to_stop) if layers else self._rounds():
             self._step(turns, shares)
             self.report.step(run)
             if self.options.save_every is not None and run.step % self.options.save_every == 0:
@@ -140,6 +142,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         run, stepper = self.run, self.run.stepper
+        run.gather()
         own = [entry["loss"] for entry in run.history if entry["epoch"] == run.epoch]
         epoch: dict[str, Any] = {"epoch": run.epoch, "step": run.step, "loss": mean(own), "lr": run.learning_rate}
         stepper.team.alike([*run.model.buffers(), *run.extra.buffers()])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from horizonplan.algorithms import Algorithm, Windows
+from horizonplan.algorithms import Algorithm, LayerParallel, Windows
 from horizonplan.batch import resolve_loss
 from horizonplan.chain import Chain
 from horizonplan.devices import parse_device
@@ -68,19 +68,34 @@ def check(options: Options) -> None:
         _fused(options)
 
 
+def check_sharing(methods: Iterable[Algorithm]) -> None:
+    """See that in several processes all methods of a run share the layers.
+
+    Raises:
+        ValueError: some share the samples.
+    """
+    odd = [type(method).__name__ for method in methods if not isinstance(method, LayerParallel)]
+    if odd:
+        raise ValueError(
+            f"algorithm: {odd[0]} shares the samples among processes, and another method of the run the layers; leave "
+            "one of them out, or start one process."
+        )
+
+
 def check_method(options: Options, method: Algorithm, chain: Chain, world: int) -> None:
     """See that a method honours on a chain what is asked for inside its steps.
 
     Raises:
         ValueError: it does not.
     """
+    layers = isinstance(method, LayerParallel)
     asked = {
         "accumulate": options.accumulate > 1,
         "max_grad_norm": options.max_grad_norm is not None,
         "fused": options.fused,
         "precision": options.forward_precision != "fp32",
-        "data_parallel": world > 1,
-        "nonfinite": options.nonfinite == "skip",
+        "data_parallel": world > 1 and not layers,
+        "nonfinite": options.nonfinite == "skip" or (options.nonfinite == "rollback" and layers),
     }
     for name, wanted in asked.items():
         if wanted and name not in method.honours:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from horizonplan.algorithms import Algorithm, Windows
+from horizonplan.algorithms import Algorithm, LayerParallel, Windows
 from horizonplan.chain import Chain
 from horizonplan.plan import Plan
 from horizonplan.training.data import Stream
@@ -115,6 +115,12 @@ class Run:
         """Blocks of the longest window; ``None`` for methods without windows."""
         method = self.algorithm
         return method.schedule(self.chain.depth).longest if isinstance(method, Windows) else None
+
+    def gather(self) -> None:
+        """Let every process have all weights and states, where the processes share the layers."""
+        method = self.algorithm
+        if isinstance(method, LayerParallel):
+            method.gather(self.chain, self.optimizer)
 
     def stop(self, reason: str) -> None:
         """End the training after the present step, with the end of its epoch."""

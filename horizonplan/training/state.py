@@ -42,6 +42,7 @@ def save(run: Run, stream: dict[str, Any] | None = None) -> Path | None:
         CheckpointError: (on all processes) it cannot be written; the last one is intact.
     """
     team = run.stepper.team
+    run.gather()
     team.alike([*run.model.buffers(), *run.extra.buffers()])
     streams = _gathered(team, run.stream.state_dict() if stream is None else stream)
     if run.run_dir is not None:

@@ -17,6 +17,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,11 +42,13 @@ class Team:
         reducing: whether gradients that become complete now are to be reduced (not while micro-batches accumulate).
         silent: whether they count as zero (this process has no batch of its own in the epoch's last round).
         waits: whether a reduction is waited for in its hook, as a fused update needs it.
+        layers: whether the processes share the layers, not the samples; nothing is reduced then.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, talk: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world, self.talk = rank, world, talk
-        self.reducing, self.silent, self.waits = True, False, False
+        self.reducing, self.silent, self.waits, self.layers = True, False, False, False
+        self._said: tuple[Any, list[Tensor], Tensor] | None = None
         self._pending: list[Any] = []
         self._order: list[int] = []  # numbers of the parameters reduced in this step
         self._names: list[str] = []
@@ -60,6 +63,20 @@ class Team:
             found = [torch.empty_like(own) for _ in range(self.world)]
             dist.all_gather(found, own, group=self.talk)
             return [row.tolist() for row in found]
+
+    def say(self, *values: float) -> None:
+        """Give some numbers to the others, without waiting for theirs."""
+        with on_host():
+            own = torch.tensor(values, dtype=torch.float64, device="cpu")
+            found = [torch.empty_like(own) for _ in range(self.world)]
+            self._said = dist.all_gather(found, own, group=self.talk, async_op=True), found, own
+
+    def heard(self) -> list[list[float]]:
+        """What every process said last, by rank."""
+        assert self._said is not None
+        (work, found, _), self._said = self._said, None
+        work.wait()
+        return [row.tolist() for row in found]
 
     def sum(self, *values: float) -> list[float]:
         """The sums of some numbers over all processes, the same ones on each."""
@@ -128,7 +145,7 @@ class Team:
             names: of its parameters, for messages.
         """
         found = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        hooked: Sequence[nn.Parameter] = list(found.values()) if self.world > 1 else []
+        hooked: Sequence[nn.Parameter] = list(found.values()) if self.world > 1 and not self.layers else []
         known = {id(p): name for name, p in names}
         self._names = [known.get(id(p), f"number {number} of the optimizer") for number, p in enumerate(hooked)]
         handles = [
@@ -206,7 +223,7 @@ def own_device(device: str | torch.device | None, model: nn.Module) -> str | tor
 
 
 @contextmanager
-def team(device: torch.device) -> Iterator[Team]:
+def team(device: torch.device, time_limit: float | None = None) -> Iterator[Team]:
     """The processes that torchrun started, or this one alone.
 
     A process group that is there already is used and left as it is; else one is made (nccl on CUDA, gloo elsewhere)
@@ -215,15 +232,19 @@ def team(device: torch.device) -> Iterator[Team]:
 
     Args:
         device: where this process trains.
+        time_limit: seconds that a process waits for the others, which share the layers with it; ``None``: they do not,
+            and it waits as long as torch does.
     """
+    limit = None if time_limit is None else timedelta(seconds=time_limit)
     cuda = device.type == "cuda"
     own = dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if own:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None)
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield Team()
         return
-    found = Team(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    found = Team(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=limit))
+    found.layers = limit is not None
     failed = True
     try:
         with torch.cuda.device(device) if cuda else nullcontext():

@@ -35,9 +35,10 @@ from horizonplan.training.options import Options
 from horizonplan.training.precision import scaler_for
 from horizonplan.training.progress import Reporter
 from horizonplan.training.random_state import seeded_all
-from horizonplan.training.refusals import check, check_method, check_scheduler, check_steps
+from horizonplan.training.refusals import check, check_method, check_scheduler, check_sharing, check_steps
 from horizonplan.training.result import Result, result_of
 from horizonplan.training.run import Run
+from horizonplan.training.shared import time_limit
 from horizonplan.training.signals import Asked, Terminated, terminable
 from horizonplan.training.step import Stepper
 from horizonplan.training.team import Team, own_device, team
@@ -74,7 +75,7 @@ class Trainer(Options):
         place = _place(self.model, "cpu" if card is not None else own_device(self.device, self.model))
         with ExitStack() as stack:
             budget = None if card is None else Budget(card.memory_bytes)
-            group = stack.enter_context(team(place))
+            group = stack.enter_context(team(place, time_limit(self.algorithm)))
             asked = stack.enter_context(terminable(self.run_dir is not None))
             stack.enter_context(seeded_all(self.seed + group.rank, rng_devices(self.model)))
             stack.enter_context(deterministic(self.deterministic))
@@ -88,7 +89,7 @@ class Trainer(Options):
     def _train(self, place: torch.device, group: Team, asked: Asked, budget: Budget | None, stack: ExitStack) -> Result:
         devices = rng_devices(self.model)
         loader = as_loader(self.data, shuffle=True, seed=self.seed)
-        stream = Stream(loader, devices, group.rank, group.world, self.seed)
+        stream = Stream(loader, devices, *((0, 1) if group.layers else (group.rank, group.world)), self.seed)
         first = move(stream.sample(), place)
         val_data = None if self.val_data is None else as_loader(self.val_data, batch_size=batch_size(first) or 32)
         if budget is not None:
@@ -152,6 +153,8 @@ class Trainer(Options):
         optimizer = _optimizer(self.optimizer, [*self.model.parameters(), *extra.parameters()])
         for method in methods.values():
             check_method(self, method, chain, group.world)
+        if group.layers:
+            check_sharing(methods.values())
         if self.cosine_every:
             for method in methods.values():
                 scheduled(method, chain.depth)
