@@ -71,8 +71,8 @@ class Recorded:
     # what follows makes it a `horizonplan.racing.Track`
 
     def price(self, who: Who | None, steps: int, order: int) -> float:
-        """In steps of back-propagation; of one order of the data there is no second."""
-        if order:
+        """In steps of back-propagation; there is no second order of the data, and nothing beyond the recording."""
+        if order or steps > self.steps:
             return math.inf
         cell, exact = self.cells[who or self.exact], self.cells[self.exact]
         price: float = cell["flops"] / exact["flops"] * max(0, steps - self.seen.get(who or self.exact, 0))
