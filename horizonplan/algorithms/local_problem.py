@@ -9,7 +9,8 @@ its bias), a transfer function f, and its gradient of the loss, taken at the old
     PocoM   target a* = a - gamma dL/df(a)     step on  D_F*(f(W y), f(a*))            (Algorithm 4, Eq. 18)
 
 (M's is D_F(W y, a*) with f(a*) = y*, up to a constant; it needs no a*, which need not exist.) In all four the gradient
-of the first step is gamma times the loss's.
+of the first step is gamma times the loss's. What the loss's gradient G in W owes to other uses of the weights (a
+penalty on them, a tied decoder) is in ``p.grad`` before the steps, and adds gamma <G, W> to the local loss.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Descent:
         assert seen.gradient is not None
         parameters, module = layer.parameters, layer.module
         x, gradient = seen.input.to(module.weight.dtype), seen.gradient.to(module.weight.dtype)
+        elsewhere = [p.grad for p in parameters]  # from uses of the weights other than the layer's call
         old = [p.detach().clone() for p in parameters] if self.anchored else []
         rates = [group["lr"] for group in optimizer.param_groups]
         target: Tensor | None = None
@@ -99,8 +101,8 @@ class Descent:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * self.rate(j) * schedule
                 with torch.no_grad():
-                    for p, slope, value in zip(parameters, slopes, old or slopes, strict=True):
-                        p.grad = slope
+                    for p, slope, value, more in zip(parameters, slopes, old or slopes, elsewhere, strict=True):
+                        p.grad = slope if more is None else slope + self.gamma * more
                         if self.anchored:
                             p.copy_(value)
                 optimizer.step()

@@ -30,6 +30,7 @@ from horizonplan.algorithms.transfer import (
     softmax,
     softplus,
 )
+from horizonplan.batch import tensors
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import quiet
 
@@ -103,7 +104,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ids = {id(a) for a in (*args, *kwargs.values())} & self.outputs.keys() - self.overwritten
+        ids = {id(a) for a in tensors((args, kwargs))} & self.outputs.keys() - self.overwritten
         given = [self.outputs[i][0] for i in ids]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
