@@ -213,3 +213,19 @@ def test_a_network_that_is_sure_of_its_predictions_matches_too():
     with torch.no_grad():
         model.head.weight.mul_(1000)
     assert str(found(model).layers["head"]) == "softmax(-1)"
+
+
+@pytest.mark.parametrize("between", [partial(nn.Unflatten, -1, (2, 3)), partial(nn.Dropout, 0.1)])
+def test_a_given_transfer_functions_module_is_not_the_one_before_it(between):
+    """The gradient after the flattening is not the one after tanh."""
+    blocks = [m for _ in range(3) for m in (nn.Linear(6, 6), between(), nn.Tanh(), nn.Flatten())]
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(6, 3))
+    chain = hp.Chain(None, list(model), None)
+    given = {"blocks.0.*": "tanh"}
+    method = LocoProp("PocoS", transfers=given)
+    method.prepare(chain, batch())
+    assert list(method.layers) == ["blocks.1"]
+    assert set(method.left.values()) == {"tanh after it is not computed by a module of its own"}
+    method = LocoProp("M", transfers=given)
+    method.prepare(chain, batch())
+    assert {str(method.layers[f"blocks.0.{t}"]) for t in (0, 4, 8)} == {"tanh"}

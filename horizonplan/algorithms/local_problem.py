@@ -15,10 +15,11 @@ penalty on them, a tied decoder) is in ``p.grad`` before the steps, and adds gam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from horizonplan.algorithms.layers import Layer, evaluate
@@ -73,23 +74,27 @@ class Descent:
         """The share of the learning rate in an iteration, from 0; it falls by a tenth each to a quarter."""
         return 1.0 if self.anchored else max(1 - iteration / RATE_STEPS, LEAST_RATE)
 
-    def run(self, layer: Layer, seen: Capture, optimizer: Optimizer, schedule: float = 1.0) -> None:
+    def run(
+        self, layer: Layer, seen: Capture, optimizer: Optimizer, trained: Sequence[nn.Parameter], schedule: float = 1.0
+    ) -> None:
         """Take the steps: the layer's weights are changed.
 
         Args:
             layer: the layer, with its old weights.
             seen: its inputs and gradient.
             optimizer: over the layer's parameters.
+            trained: those of them that are to change.
             schedule: factor on the learning rate.
         """
         assert seen.input is not None
         assert seen.gradient is not None
-        parameters, module = layer.parameters, layer.module
+        module = layer.module
         x, gradient = seen.input.to(module.weight.dtype), seen.gradient.to(module.weight.dtype)
-        elsewhere = [p.grad for p in parameters]  # from uses of the weights other than the layer's call
-        old = [p.detach().clone() for p in parameters] if self.anchored else []
+        elsewhere = [p.grad for p in trained]  # from uses of the weights other than the layer's call
+        old = [p.detach().clone() for p in trained] if self.anchored else []
         rates = [group["lr"] for group in optimizer.param_groups]
         target: Tensor | None = None
+        layer.module.zero_grad()
         try:
             for j in range(self.iterations):
                 with torch.enable_grad():
@@ -97,18 +102,17 @@ class Descent:
                 a = out.detach()
                 if target is None:
                     target = self.target(layer.transfer, a, gradient, layer.features)
-                slopes = torch.autograd.grad(out, parameters, self.slope(layer.transfer, a, target))
+                slopes = torch.autograd.grad(out, trained, self.slope(layer.transfer, a, target))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * self.rate(j) * schedule
                 with torch.no_grad():
-                    for p, slope, value, more in zip(parameters, slopes, old or slopes, elsewhere, strict=True):
+                    for p, slope, value, more in zip(trained, slopes, old or slopes, elsewhere, strict=True):
                         p.grad = slope if more is None else slope + self.gamma * more
                         if self.anchored:
                             p.copy_(value)
                 optimizer.step()
         finally:
-            for p in parameters:
-                p.grad = None
+            layer.module.zero_grad()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 

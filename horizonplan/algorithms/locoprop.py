@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from horizonplan.chain.calls import ENTRY, Ambient
 
 Inner = Callable[[Any], Optimizer]
 BATCH = "batch"
+NOTED = "locoprop_lr"
 
 
 @dataclass(repr=False, eq=False)
@@ -42,8 +43,9 @@ class LocoProp(Algorithm):
 
     Linear layers and convolutions take local steps with optimisers of their own (``inner``), whose state persists.
     What else is trained (norms, embeddings, biases of their own, auxiliary heads) takes the ordinary gradient with the
-    optimizer that :meth:`step` is given. A layer is trained only if that optimizer holds it, and a schedule of its
-    learning rate scales the inner ones by the same factor.
+    optimizer that :meth:`step` is given. A weight or bias is trained only if that optimizer holds it, and where the
+    weight is frozen or not held the bias takes the ordinary gradient. A schedule of the optimizer's learning rate
+    scales the inner ones by the same factor, relative to the initial rate (``OneCycleLR``: to its ``max_lr``).
 
     Args:
         variant: ``"S"`` squared loss of pre-activations, ``"M"`` matching loss, ``"PocoS"``, ``"PocoM"``: the
@@ -131,10 +133,10 @@ anchored=False, damping=None)
             raise ValueError("LocoProp: it has to know the chain first: prepare(chain, batch).")
         _refuse_compiled(chain)
         factors = scheduled(optimizer)
-        layers = [layer for layer in self._found.layers if id(layer.module.weight) in factors]
+        trained = {layer: part for layer in self._found.layers if (part := _trained(layer, factors))}
         chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
-        with captured(layers) as captures:
+        with captured(trained) as captures:
             loss = self.source.backward(chain, batch)
         if not_finite(loss, gradient_norm(optimizer) + _norm(captures.values())):
             chain.model.zero_grad(set_to_none=True)
@@ -142,10 +144,10 @@ anchored=False, damping=None)
             return torch.full_like(loss, math.nan)
         descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         with Ambient.off():
-            for layer in layers:
+            for layer, part in trained.items():
                 seen = captures.pop(layer)
                 if seen.input is not None:
-                    descent.run(layer, seen, self._inner[layer], factors[id(layer.module.weight)])
+                    descent.run(layer, seen, self._inner[layer], part, factors[id(layer.module.weight)])
             optimizer.step()
         return loss
 
@@ -218,17 +220,37 @@ anchored=False, damping=None)
 
 
 def scheduled(optimizer: Optimizer) -> dict[int, float]:
-    """What a schedule has made of the learning rate, relative to the first one, by the id of each parameter held.
+    """What a schedule has made of the learning rate, relative to its full one, by the id of each parameter held.
 
-    The first one is the group's ``initial_lr``, as torch's schedulers note it; where nobody has, it is noted here, so
-    that the optimiser's own state keeps it.
+    The full one is the group's ``max_lr``, as ``OneCycleLR`` notes it, else its ``initial_lr``, as torch's other
+    schedulers do. Where there is neither, the first rate seen is noted under a key of its own, so that the optimiser's
+    state keeps it.
     """
     factors: dict[int, float] = {}
     for group in optimizer.param_groups:
-        first = float(group.setdefault("initial_lr", group["lr"]))
-        factor = float(group["lr"]) / first if first else 1.0
+        known = next((key for key in ("max_lr", "initial_lr") if key in group), NOTED)
+        full = float(group[known] if known != NOTED else group.setdefault(NOTED, float(group["lr"])))
+        factor = float(group["lr"]) / full if full else 1.0
         factors |= {id(p): factor for p in group["params"]}
     return factors
+
+
+def _trained(layer: Layer, factors: Mapping[int, float]) -> list[nn.Parameter]:
+    """What of a layer takes local steps: nothing if its weight is frozen or not held, else all that is held.
+
+    Raises:
+        ValueError: the schedules of its weight and bias differ.
+    """
+    part = [p for p in layer.parameters if p.requires_grad and id(p) in factors]
+    if not any(p is layer.module.weight for p in part):
+        return []
+    found = [factors[id(p)] for p in part]
+    if not all(math.isclose(factor, found[0]) for factor in found):
+        raise ValueError(
+            f"optimizer: its schedule is at {found} of the learning rates of the weight and bias of {layer.name!r}, "
+            f"which step together here: give them one schedule, or transfers={{{layer.name!r}: None}}."
+        )
+    return part
 
 
 def _norm(captures: Any) -> Tensor:

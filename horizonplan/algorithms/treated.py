@@ -82,7 +82,7 @@ def _layer(
         return "the activation after it has no matching loss"
     if variant == "M" or wanted == LINEAR:
         return Layer(name, module, wanted)
-    if sight.follower is None:
+    if sight.follower is None or sight.transfer == LINEAR:  # a module before f, a flattening say
         return f"{wanted} after it is not computed by a module of its own"
     return Layer(name, module, wanted, sight.follower)
 
