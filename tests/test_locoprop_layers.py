@@ -156,7 +156,7 @@ def test_layers_that_cannot_be_treated_take_the_ordinary_gradient():
         "tied": "its weights are another module's too",
         "other": "its weights are another module's too",
         "twice": "it is called 2 times in a forward",
-        "never": "it is not called",
+        "never": "a trial forward did not call it",
         "wide": "Conv1d is no Linear or Conv2d",
         "computed": "its weight is computed from something else",
         "computed.parametrizations.weight": "ParametrizationList is no Linear or Conv2d",

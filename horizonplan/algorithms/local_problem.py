@@ -118,20 +118,26 @@ class Descent:
 
 
 def natural(gradient: Tensor, damping: float, features: int = -1) -> Tensor:
-    """A natural gradient in pre-activations, ``D^-1 g`` (Proposition 1), with the empirical Fisher matrix of the batch.
+    """A natural gradient in pre-activations, ``(D + damping I)^-1 g`` (Proposition 1).
 
-    The gradient's rows g_i are those of a mean over n rows, so a row's own gradient is n g_i, and
-    D = n sum_i g_i g_i^T. The paper has the labels drawn from the model; these are the data's.
+    D is the empirical Fisher matrix of the batch: the mean over rows (samples, and places in an image or a sequence)
+    of ``g_i g_i^T`` with g_i the gradient of the row's own sample, which is n times that of a mean over n samples. The
+    paper has the labels drawn from the model; these are the data's.
+
+    The damping is absolute, as in K-FAC: where the gradients vanish the result is ``g / damping``, and vanishes too. A
+    share of D's own size would make it grow like ``1 / |g|``.
 
     Args:
-        gradient: ``(..., d, ...)``.
-        damping: added to D's diagonal, as a share of its mean entry there.
-        features: the dimension of size d.
+        gradient: ``(n, ..., d, ...)``, or of one sample without the first dimension.
+        damping: added to D's diagonal; in units of a squared gradient of one sample's loss.
+        features: the dimension of size d, counted from the end.
     """
+    samples = len(gradient) if gradient.dim() > -features else 1
     rows = gradient.movedim(features, -1)
     flat = rows.reshape(-1, rows.shape[-1])
-    fisher = len(flat) * flat.T @ flat
-    fisher.diagonal().add_(damping * fisher.diagonal().mean() + torch.finfo(fisher.dtype).tiny)
+    fisher = samples**2 / len(flat) * flat.T @ flat
+    rounding = torch.finfo(fisher.dtype).eps * fisher.diagonal().sum()
+    fisher.diagonal().add_(damping + rounding)
     solved: Tensor = torch.linalg.solve(fisher, flat.T)
     return solved.T.reshape(rows.shape).movedim(-1, features)
 

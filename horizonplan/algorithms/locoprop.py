@@ -52,16 +52,19 @@ class LocoProp(Algorithm):
             variants on post-activations.
         iterations: local steps for each gradient; the learning rate of step j is ``max(1 - j / 10, .25)`` times the
             inner optimiser's.
-        gamma: step size of the activations; ``"batch"``: the number of samples in the batch, with which targets under
-            a mean loss are a step of size 1 on each sample's own loss.
-        inner: ``callable(params) -> Optimizer``, called once a layer: :class:`RMSProp`, or one of ``torch.optim``.
+        gamma: step size of the activations; ``"batch"``: the number of samples in the batch. If the loss is a mean
+            over samples, and a sum over a sample's outputs, targets are then a step of size 1 on each sample's own
+            loss. A mean over D outputs too (torch's default for binary cross-entropy, tokens) makes that 1 / D; give
+            gamma = samples times D.
+        inner: ``callable(params) -> Optimizer``, called once a layer: :class:`RMSProp`, or one of ``torch.optim``. Give
+            its settings by ``functools.partial``: a resumed run compares them, which it cannot inside a lambda.
         source: the method whose gradient is taken.
         transfers: layer name, or pattern of names -> its transfer function (a name such as ``"tanh"``, or a
             :class:`Transfer`), for layers that what follows does not tell; ``None``: the ordinary gradient for them.
         anchored: every local step starts from the old weights (the paper's Eq. 4), with a constant learning rate;
             needs plain ``torch.optim.SGD`` inside. ``False``: Algorithms 1 to 4.
-        damping: for S, natural-gradient targets (Proposition 1) with this much damping, as a share of the Fisher
-            matrix's mean diagonal entry; ``None``: gradient targets.
+        damping: for S, natural-gradient targets (Proposition 1) with this much added to the Fisher matrix's diagonal,
+            as in K-FAC; in units of a squared gradient of one sample's loss. ``None``: gradient targets.
 
     Raises:
         ValueError: bad arguments.
@@ -111,6 +114,7 @@ anchored=False, damping=None)
         if isinstance(self.source, Windows):
             self.source.schedule(chain.depth)
         extra = self.source.prepare(chain, batch)
+        self._gamma(batch)
         found = treat(chain, batch, self.variant, self.transfers)
         if not found.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in found.left.items())
@@ -132,6 +136,7 @@ anchored=False, damping=None)
         if self._chain is not chain:
             raise ValueError("LocoProp: it has to know the chain first: prepare(chain, batch).")
         _refuse_compiled(chain)
+        descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         factors = scheduled(optimizer)
         trained = {layer: part for layer in self._found.layers if (part := _trained(layer, factors))}
         chain.model.zero_grad(set_to_none=True)
@@ -142,7 +147,6 @@ anchored=False, damping=None)
             chain.model.zero_grad(set_to_none=True)
             optimizer.zero_grad(set_to_none=True)
             return torch.full_like(loss, math.nan)
-        descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         with Ambient.off():
             for layer, part in trained.items():
                 seen = captures.pop(layer)
@@ -210,6 +214,8 @@ anchored=False, damping=None)
                 f"source: the gradient of SGR with weight={self.source.weight} is not made of gradients in "
                 "pre-activations; set its weight=0."
             )
+        if not isinstance(self.transfers, Mapping):
+            raise ValueError(f"transfers={self.transfers!r}: give a mapping of layer names; {{}} for none.")
         for name, value in self.transfers.items():
             if not isinstance(value, Transfer | str | None):
                 raise ValueError(f"transfers[{name!r}]={value!r}: give a name, a Transfer, or None.")

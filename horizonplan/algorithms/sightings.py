@@ -144,7 +144,9 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Transfer
     return softplus(beta, threshold)
 
 
-def _softmax(x: Tensor, dim: int, *rest: Any, **named: Any) -> Transfer:
+def _softmax(x: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Transfer:
+    if dim is None:  # torch's implicit dimension
+        dim = 0 if x.dim() in (0, 1, 3) else 1
     return softmax(dim)
 
 

@@ -67,7 +67,10 @@ def treat(chain: Chain, batch: Any, variant: str, transfers: Transfers) -> Treat
             left[name] = found
         else:
             layers.append(found)
-    return Treated(tuple(layers), left | {name: "it is not called" for m, name in candidates.items() if m not in seen})
+    return Treated(
+        tuple(layers),
+        left | {name: "a trial forward did not call it" for m, name in candidates.items() if m not in seen},
+    )
 
 
 def _layer(
