@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import horizonplan as hp
 from horizonplan.algorithms import LocoProp, RMSProp, transfer
-from horizonplan.algorithms.local_problem import Descent, natural
+from horizonplan.algorithms.local_problem import Descent
 
 VARIANTS = ["S", "M", "PocoS", "PocoM"]
 MODULES = {
@@ -232,53 +232,6 @@ def test_natural_targets_give_the_k_fac_update():
         torch.testing.assert_close(w, new)
 
 
-@pytest.mark.parametrize("features", [-1, -3])
-def test_natural_gradients_of_images_and_sequences_take_each_samples_own_gradient(features):
-    """D is a mean over samples and places, of what a mean loss would have without its division by the samples."""
-    torch.manual_seed(0)
-    own = torch.randn(5, 3, 4, 2, dtype=torch.float64)  # of each sample's loss: samples, features, places
-    fisher = sum(torch.outer(own[i, :, j, k], own[i, :, j, k]) for i in range(5) for j in range(4) for k in range(2))
-    expected = torch.einsum("ab,nbjk->najk", torch.linalg.inv(fisher / 40 + 0.1 * torch.eye(3)), own / 5)
-    found = natural((own / 5).movedim(1, features), 0.1, features).movedim(features, 1)
-    torch.testing.assert_close(found, expected)
-
-
-def test_natural_gradients_of_a_1x1_convolution_are_the_linear_layers():
-    """On images of one place; and of one place repeated, where each has its share of the sample's gradient."""
-    torch.manual_seed(0)
-    g = torch.randn(5, 3, dtype=torch.float64)
-    one = natural(g, 0.1)
-    torch.testing.assert_close(natural(g[:, :, None, None], 0.1, -3)[:, :, 0, 0], one)
-    torch.testing.assert_close(natural(g[:, :, None, None].expand(5, 3, 2, 2), 0.1, -3)[:, :, 1, 0], one)
-    torch.testing.assert_close(natural(g[0][:, None, None], 0.1, -3)[:, 0, 0], natural(g[:1], 0.1)[0])
-
-
-@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-15, 1e-30, 0.0])
-def test_natural_gradients_vanish_with_the_gradient(size):
-    """In float32 too; with more features than rows, and damping far below the rounding of D."""
-    torch.manual_seed(0)
-    g = size * torch.randn(4, 16)
-    found = natural(g, 1e-2)
-    assert torch.isfinite(natural(g, 1e-12)).all()
-    assert found.norm() <= g.norm() / 1e-2 * 1.0001
-    if size <= 1e-6:
-        torch.testing.assert_close(found, g / 1e-2)
-
-
-def test_natural_targets_settle_as_the_loss_falls():
-    """With damping relative to D the steps do not shrink, and the loss is back above its start."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 3))
-    x = torch.randn(8, 5)
-    data = x, torch.randn(8, 3)
-    chain = hp.Chain(None, list(model), None)
-    method = LocoProp("S", iterations=5, gamma=1.0, inner=sgd(0.02), damping=0.1)
-    method.prepare(chain, data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    losses = [method.step(chain, data, optimizer).item() for _ in range(400)]
-    assert max(losses[300:]) < 0.01 * losses[0]
-
-
 def test_s_recovers_proxprop():
     """Hidden layers: exact proximal steps, gamma = tau. Last layer: one iteration, rate * gamma = tau (Appendix C)."""
     data, tau = batch(), 0.7
@@ -337,10 +290,14 @@ def test_the_steps_of_m_descend_that_problem(function):
 
 @pytest.mark.parametrize("samples", [7, 32])
 @pytest.mark.parametrize(
-    ("kind", "function"), [("classes", "softmax(-1)"), ("pixels", "sigmoid"), ("values", "linear")]
+    ("kind", "function", "outputs"),
+    [("classes", "softmax(-1)", 1), ("pixels", "sigmoid", 1), ("mean pixels", "sigmoid", 3), ("values", "linear", 1)],
 )
-def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, function, samples):
-    """Proposition 4: its local loss is then the network's own; the other layers are frozen here."""
+def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, function, outputs, samples):
+    """Proposition 4: its local loss is then the network's own; the other layers are frozen here.
+
+    A loss that is a mean over outputs too needs gamma as many times larger.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     model[0].requires_grad_(False)
@@ -348,10 +305,11 @@ def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, f
     data, loss = {
         "classes": ((x, torch.randint(0, 3, (samples,))), None),
         "pixels": ((x, torch.rand(samples, 3)), lambda a, y: F.binary_cross_entropy_with_logits(a, y) * 3),
+        "mean pixels": ((x, torch.rand(samples, 3)), F.binary_cross_entropy_with_logits),
         "values": ((x, torch.randn(samples, 3)), lambda a, y: (a - y).square().sum(1).mean() / 2),
     }[kind]
     chain = hp.Chain(None, list(model), None, loss)
-    method = LocoProp("M", iterations=20, gamma=float(samples), inner=sgd(0.5 / samples))
+    method = LocoProp("M", iterations=20, gamma=float(samples * outputs), inner=sgd(0.5 / samples))
     method.prepare(chain, data)
     assert {name: str(f) for name, f in method.layers.items()} == {"blocks.2": function}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -359,7 +317,7 @@ def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, f
     assert all(later < earlier for earlier, later in pairwise(losses))
     a = model(x)
     (gradient,) = torch.autograd.grad(chain.loss_of(a, data), a)
-    goal = method.layers["blocks.2"].function(a) - samples * gradient
+    goal = method.layers["blocks.2"].function(a) - samples * outputs * gradient
     wanted = F.one_hot(data[1], 3).float() if kind == "classes" else data[1]
     torch.testing.assert_close(goal, wanted, rtol=1e-4, atol=1e-5)
 
@@ -391,6 +349,18 @@ def test_tensorflows_rmsprop_number_by_number():
         if gradient is gradients[0]:
             assert (other - w).norm() > (w - start).norm()  # off by more than a whole update
     torch.testing.assert_close(w.detach(), oracle.rmsprop(start, gradients, rate=0.1, **settings))
+
+
+def test_weight_decay_adds_to_the_gradient():
+    torch.manual_seed(0)
+    one, other = (nn.Parameter(torch.arange(1.0, 4.0)) for _ in range(2))
+    decayed, plain = RMSProp([one], lr=0.1, weight_decay=0.3), RMSProp([other], lr=0.1)
+    for gradient in torch.randn(4, 3):
+        one.grad, other.grad = gradient.clone(), gradient + 0.3 * other.detach()
+        decayed.step()
+        plain.step()
+        assert torch.equal(one.grad, gradient)
+    torch.testing.assert_close(one, other)
 
 
 def test_a_changed_learning_rate_does_not_act_on_past_gradients():

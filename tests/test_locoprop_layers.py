@@ -100,11 +100,27 @@ def test_a_last_layer_that_the_loss_does_not_read_has_no_gradient_and_stays():
 
     model = Aside(torch.tanh)
     model.aside = nn.Linear(6, 2)
-    method = found(model)
+    with pytest.warns(UserWarning, match="no gradient in the layer called last"):
+        method = found(model)
     assert str(method.layers["aside"]) == "linear"
     before = model.aside.weight.detach().clone()
     method.step(method._chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
     assert torch.equal(model.aside.weight, before)
+
+
+def test_a_batch_whose_labels_are_all_ignored_cannot_tell():
+    data = batch()[0], torch.full((8,), -100)
+    with pytest.warns(UserWarning, match="prepare with another batch"):
+        assert str(found(Functional(torch.tanh), data=data).layers["head"]) == "linear"
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_softmax_without_a_dimension_has_torchs():
+    method = found(Functional(nn.Softmax()))
+    assert str(method.layers["blocks.0"]) == "softmax(1)"
+    method.step(method._chain, batch(), torch.optim.SGD(method._chain.model.parameters(), lr=0.1))
+    data = torch.randn(2, 5, 6), torch.zeros(2, 5).long()
+    assert str(found(Functional(nn.Softmax()), data=data).layers["blocks.0"]) == "softmax(0)"
 
 
 def test_dense_predictions_match_along_the_channels():
@@ -206,6 +222,15 @@ def test_a_loss_between_a_layer_and_its_transfer_function_is_refused_after_it():
         method.step(chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
     assert all(p.grad is None for p in model.parameters())
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_a_transfer_function_that_overwrites_a_blocks_input_is_refused_after_it():
+    model = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU(inplace=True))], nn.Linear(6, 3))
+    chain = hp.Chain(None, list(model), None)
+    method = LocoProp("PocoM", source=Horizon(2, 2))
+    method.prepare(chain, batch())
+    with pytest.raises(ChainError, match="works in place on a block's input"):
+        method.step(chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_network_that_is_sure_of_its_predictions_matches_too():
