@@ -224,7 +224,7 @@ def test_natural_targets_give_the_k_fac_update():
     for g in in_pre:
         own = SAMPLES * g  # each sample's own gradient: the loss is a mean
         fisher = sum(torch.outer(column, column) for column in own.T) / SAMPLES
-        inverses.append(torch.linalg.inv(fisher + damping * fisher.diagonal().mean() * torch.eye(len(fisher))))
+        inverses.append(torch.linalg.inv(fisher + damping * torch.eye(len(fisher))))
     expected = oracle.closed_form(weights, functions, data[0].T, cross_entropy(data[1]), rate, 0.5, inverses)
     method = LocoProp("S", iterations=400, gamma=0.5, inner=sgd(rate), anchored=True, damping=damping)
     stepped(model, method, data)
@@ -290,10 +290,14 @@ def test_the_steps_of_m_descend_that_problem(function):
 
 @pytest.mark.parametrize("samples", [7, 32])
 @pytest.mark.parametrize(
-    ("kind", "function"), [("classes", "softmax(-1)"), ("pixels", "sigmoid"), ("values", "linear")]
+    ("kind", "function", "outputs"),
+    [("classes", "softmax(-1)", 1), ("pixels", "sigmoid", 1), ("mean pixels", "sigmoid", 3), ("values", "linear", 1)],
 )
-def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, function, samples):
-    """Proposition 4: its local loss is then the network's own; the other layers are frozen here."""
+def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, function, outputs, samples):
+    """Proposition 4: its local loss is then the network's own; the other layers are frozen here.
+
+    A loss that is a mean over outputs too needs gamma as many times larger.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     model[0].requires_grad_(False)
@@ -301,10 +305,11 @@ def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, f
     data, loss = {
         "classes": ((x, torch.randint(0, 3, (samples,))), None),
         "pixels": ((x, torch.rand(samples, 3)), lambda a, y: F.binary_cross_entropy_with_logits(a, y) * 3),
+        "mean pixels": ((x, torch.rand(samples, 3)), F.binary_cross_entropy_with_logits),
         "values": ((x, torch.randn(samples, 3)), lambda a, y: (a - y).square().sum(1).mean() / 2),
     }[kind]
     chain = hp.Chain(None, list(model), None, loss)
-    method = LocoProp("M", iterations=20, gamma=float(samples), inner=sgd(0.5 / samples))
+    method = LocoProp("M", iterations=20, gamma=float(samples * outputs), inner=sgd(0.5 / samples))
     method.prepare(chain, data)
     assert {name: str(f) for name, f in method.layers.items()} == {"blocks.2": function}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -312,7 +317,7 @@ def test_with_gamma_the_batch_size_a_matching_last_layer_lowers_the_loss(kind, f
     assert all(later < earlier for earlier, later in pairwise(losses))
     a = model(x)
     (gradient,) = torch.autograd.grad(chain.loss_of(a, data), a)
-    goal = method.layers["blocks.2"].function(a) - samples * gradient
+    goal = method.layers["blocks.2"].function(a) - samples * outputs * gradient
     wanted = F.one_hot(data[1], 3).float() if kind == "classes" else data[1]
     torch.testing.assert_close(goal, wanted, rtol=1e-4, atol=1e-5)
 
@@ -344,6 +349,18 @@ def test_tensorflows_rmsprop_number_by_number():
         if gradient is gradients[0]:
             assert (other - w).norm() > (w - start).norm()  # off by more than a whole update
     torch.testing.assert_close(w.detach(), oracle.rmsprop(start, gradients, rate=0.1, **settings))
+
+
+def test_weight_decay_adds_to_the_gradient():
+    torch.manual_seed(0)
+    one, other = (nn.Parameter(torch.arange(1.0, 4.0)) for _ in range(2))
+    decayed, plain = RMSProp([one], lr=0.1, weight_decay=0.3), RMSProp([other], lr=0.1)
+    for gradient in torch.randn(4, 3):
+        one.grad, other.grad = gradient.clone(), gradient + 0.3 * other.detach()
+        decayed.step()
+        plain.step()
+        assert torch.equal(one.grad, gradient)
+    torch.testing.assert_close(one, other)
 
 
 def test_a_changed_learning_rate_does_not_act_on_past_gradients():

@@ -100,11 +100,27 @@ def test_a_last_layer_that_the_loss_does_not_read_has_no_gradient_and_stays():
 
     model = Aside(torch.tanh)
     model.aside = nn.Linear(6, 2)
-    method = found(model)
+    with pytest.warns(UserWarning, match="no gradient in the layer called last"):
+        method = found(model)
     assert str(method.layers["aside"]) == "linear"
     before = model.aside.weight.detach().clone()
     method.step(method._chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
     assert torch.equal(model.aside.weight, before)
+
+
+def test_a_batch_whose_labels_are_all_ignored_cannot_tell():
+    data = batch()[0], torch.full((8,), -100)
+    with pytest.warns(UserWarning, match="prepare with another batch"):
+        assert str(found(Functional(torch.tanh), data=data).layers["head"]) == "linear"
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_softmax_without_a_dimension_has_torchs():
+    method = found(Functional(nn.Softmax()))
+    assert str(method.layers["blocks.0"]) == "softmax(1)"
+    method.step(method._chain, batch(), torch.optim.SGD(method._chain.model.parameters(), lr=0.1))
+    data = torch.randn(2, 5, 6), torch.zeros(2, 5).long()
+    assert str(found(Functional(nn.Softmax()), data=data).layers["blocks.0"]) == "softmax(0)"
 
 
 def test_dense_predictions_match_along_the_channels():
@@ -156,7 +172,7 @@ def test_layers_that_cannot_be_treated_take_the_ordinary_gradient():
         "tied": "its weights are another module's too",
         "other": "its weights are another module's too",
         "twice": "it is called 2 times in a forward",
-        "never": "it is not called",
+        "never": "a trial forward did not call it",
         "wide": "Conv1d is no Linear or Conv2d",
         "computed": "its weight is computed from something else",
         "computed.parametrizations.weight": "ParametrizationList is no Linear or Conv2d",
@@ -208,8 +224,33 @@ def test_a_loss_between_a_layer_and_its_transfer_function_is_refused_after_it():
     assert all("forward" not in vars(m) for m in model.modules())
 
 
+def test_a_transfer_function_that_overwrites_a_blocks_input_is_refused_after_it():
+    model = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU(inplace=True))], nn.Linear(6, 3))
+    chain = hp.Chain(None, list(model), None)
+    method = LocoProp("PocoM", source=Horizon(2, 2))
+    method.prepare(chain, batch())
+    with pytest.raises(ChainError, match="works in place on a block's input"):
+        method.step(chain, batch(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_a_network_that_is_sure_of_its_predictions_matches_too():
     model = Functional(torch.tanh)
     with torch.no_grad():
         model.head.weight.mul_(1000)
     assert str(found(model).layers["head"]) == "softmax(-1)"
+
+
+@pytest.mark.parametrize("between", [partial(nn.Unflatten, -1, (2, 3)), partial(nn.Dropout, 0.1)])
+def test_a_given_transfer_functions_module_is_not_the_one_before_it(between):
+    """The gradient after the flattening is not the one after tanh."""
+    blocks = [m for _ in range(3) for m in (nn.Linear(6, 6), between(), nn.Tanh(), nn.Flatten())]
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(6, 3))
+    chain = hp.Chain(None, list(model), None)
+    given = {"blocks.0.*": "tanh"}
+    method = LocoProp("PocoS", transfers=given)
+    method.prepare(chain, batch())
+    assert list(method.layers) == ["blocks.1"]
+    assert set(method.left.values()) == {"tanh after it is not computed by a module of its own"}
+    method = LocoProp("M", transfers=given)
+    method.prepare(chain, batch())
+    assert {str(method.layers[f"blocks.0.{t}"]) for t in (0, 4, 8)} == {"tanh"}

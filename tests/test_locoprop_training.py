@@ -203,6 +203,7 @@ BAD = [
     ({"inner": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "each layer gets one"),
     ({"source": LocoProp()}, "give a GradientMethod"),
     ({"source": SGR(2)}, "set its weight=0"),
+    ({"transfers": None}, "transfers=None: give a mapping"),
     ({"transfers": {"0": 3}}, r"transfers\['0'\]=3"),
     ({"damping": 0.1}, "natural targets belong to variant 'S'"),
     ({"variant": "S", "damping": -1.0}, "damping=-1.0"),
@@ -242,7 +243,7 @@ def test_it_has_to_know_the_chain():
         LocoProp().step(chain, batch(), torch.optim.SGD(model.parameters()))
     data = torch.ones(()), torch.ones(())
     with pytest.raises(ValueError, match="gamma='batch'"):
-        LocoProp()._gamma(data)
+        LocoProp().prepare(chain, data)
 
 
 def test_its_words_are_the_same_in_every_process():

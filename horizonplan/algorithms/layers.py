@@ -35,8 +35,8 @@ class Layer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Weight, and bias if it is trained."""
-        return [p for p in self.module.parameters(recurse=False) if p.requires_grad]
+        """Weight, and bias if there is one, frozen or not."""
+        return list(self.module.parameters(recurse=False))
 
 
 def evaluate(module: Weighted, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,15 +9,17 @@ its bias), a transfer function f, and its gradient of the loss, taken at the old
     PocoM   target a* = a - gamma dL/df(a)     step on  D_F*(f(W y), f(a*))            (Algorithm 4, Eq. 18)
 
 (M's is D_F(W y, a*) with f(a*) = y*, up to a constant; it needs no a*, which need not exist.) In all four the gradient
-of the first step is gamma times the loss's.
+of the first step is gamma times the loss's. What the loss's gradient G in W owes to other uses of the weights (a
+penalty on them, a tied decoder) is in ``p.grad`` before the steps, and adds gamma <G, W> to the local loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from horizonplan.algorithms.layers import Layer, evaluate
@@ -72,22 +74,27 @@ class Descent:
         """The share of the learning rate in an iteration, from 0; it falls by a tenth each to a quarter."""
         return 1.0 if self.anchored else max(1 - iteration / RATE_STEPS, LEAST_RATE)
 
-    def run(self, layer: Layer, seen: Capture, optimizer: Optimizer, schedule: float = 1.0) -> None:
+    def run(
+        self, layer: Layer, seen: Capture, optimizer: Optimizer, trained: Sequence[nn.Parameter], schedule: float = 1.0
+    ) -> None:
         """Take the steps: the layer's weights are changed.
 
         Args:
             layer: the layer, with its old weights.
             seen: its inputs and gradient.
             optimizer: over the layer's parameters.
+            trained: those of them that are to change.
             schedule: factor on the learning rate.
         """
         assert seen.input is not None
         assert seen.gradient is not None
-        parameters, module = layer.parameters, layer.module
+        module = layer.module
         x, gradient = seen.input.to(module.weight.dtype), seen.gradient.to(module.weight.dtype)
-        old = [p.detach().clone() for p in parameters] if self.anchored else []
+        elsewhere = [p.grad for p in trained]  # from uses of the weights other than the layer's call
+        old = [p.detach().clone() for p in trained] if self.anchored else []
         rates = [group["lr"] for group in optimizer.param_groups]
         target: Tensor | None = None
+        layer.module.zero_grad()
         try:
             for j in range(self.iterations):
                 with torch.enable_grad():
@@ -95,37 +102,42 @@ class Descent:
                 a = out.detach()
                 if target is None:
                     target = self.target(layer.transfer, a, gradient, layer.features)
-                slopes = torch.autograd.grad(out, parameters, self.slope(layer.transfer, a, target))
+                slopes = torch.autograd.grad(out, trained, self.slope(layer.transfer, a, target))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * self.rate(j) * schedule
                 with torch.no_grad():
-                    for p, slope, value in zip(parameters, slopes, old or slopes, strict=True):
-                        p.grad = slope
+                    for p, slope, value, more in zip(trained, slopes, old or slopes, elsewhere, strict=True):
+                        p.grad = slope if more is None else slope + self.gamma * more
                         if self.anchored:
                             p.copy_(value)
                 optimizer.step()
         finally:
-            for p in parameters:
-                p.grad = None
+            layer.module.zero_grad()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
 
 def natural(gradient: Tensor, damping: float, features: int = -1) -> Tensor:
-    """A natural gradient in pre-activations, ``D^-1 g`` (Proposition 1), with the empirical Fisher matrix of the batch.
+    """A natural gradient in pre-activations, ``(D + damping I)^-1 g`` (Proposition 1).
 
-    The gradient's rows g_i are those of a mean over n rows, so a row's own gradient is n g_i, and
-    D = n sum_i g_i g_i^T. The paper has the labels drawn from the model; these are the data's.
+    D is the empirical Fisher matrix of the batch: the mean over rows (samples, and places in an image or a sequence)
+    of ``g_i g_i^T`` with g_i the gradient of the row's own sample, which is n times that of a mean over n samples. The
+    paper has the labels drawn from the model; these are the data's.
+
+    The damping is absolute, as in K-FAC: where the gradients vanish the result is ``g / damping``, and vanishes too. A
+    share of D's own size would make it grow like ``1 / |g|``.
 
     Args:
-        gradient: ``(..., d, ...)``.
-        damping: added to D's diagonal, as a share of its mean entry there.
-        features: the dimension of size d.
+        gradient: ``(n, ..., d, ...)``, or of one sample without the first dimension.
+        damping: added to D's diagonal; in units of a squared gradient of one sample's loss.
+        features: the dimension of size d, counted from the end.
     """
+    samples = len(gradient) if gradient.dim() > -features else 1
     rows = gradient.movedim(features, -1)
     flat = rows.reshape(-1, rows.shape[-1])
-    fisher = len(flat) * flat.T @ flat
-    fisher.diagonal().add_(damping * fisher.diagonal().mean() + torch.finfo(fisher.dtype).tiny)
+    fisher = samples**2 / len(flat) * flat.T @ flat
+    rounding = torch.finfo(fisher.dtype).eps * fisher.diagonal().sum()
+    fisher.diagonal().add_(damping + rounding)
     solved: Tensor = torch.linalg.solve(fisher, flat.T)
     return solved.T.reshape(rows.shape).movedim(-1, features)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from horizonplan.chain.calls import ENTRY, Ambient
 
 Inner = Callable[[Any], Optimizer]
 BATCH = "batch"
+NOTED = "locoprop_lr"
 
 
 @dataclass(repr=False, eq=False)
@@ -42,24 +43,28 @@ class LocoProp(Algorithm):
 
     Linear layers and convolutions take local steps with optimisers of their own (``inner``), whose state persists.
     What else is trained (norms, embeddings, biases of their own, auxiliary heads) takes the ordinary gradient with the
-    optimizer that :meth:`step` is given. A layer is trained only if that optimizer holds it, and a schedule of its
-    learning rate scales the inner ones by the same factor.
+    optimizer that :meth:`step` is given. A weight or bias is trained only if that optimizer holds it, and where the
+    weight is frozen or not held the bias takes the ordinary gradient. A schedule of the optimizer's learning rate
+    scales the inner ones by the same factor, relative to the initial rate (``OneCycleLR``: to its ``max_lr``).
 
     Args:
         variant: ``"S"`` squared loss of pre-activations, ``"M"`` matching loss, ``"PocoS"``, ``"PocoM"``: the
             variants on post-activations.
         iterations: local steps for each gradient; the learning rate of step j is ``max(1 - j / 10, .25)`` times the
             inner optimiser's.
-        gamma: step size of the activations; ``"batch"``: the number of samples in the batch, with which targets under
-            a mean loss are a step of size 1 on each sample's own loss.
-        inner: ``callable(params) -> Optimizer``, called once a layer: :class:`RMSProp`, or one of ``torch.optim``.
+        gamma: step size of the activations; ``"batch"``: the number of samples in the batch. If the loss is a mean
+            over samples, and a sum over a sample's outputs, targets are then a step of size 1 on each sample's own
+            loss. A mean over D outputs too (torch's default for binary cross-entropy, tokens) makes that 1 / D; give
+            gamma = samples times D.
+        inner: ``callable(params) -> Optimizer``, called once a layer: :class:`RMSProp`, or one of ``torch.optim``. Give
+            its settings by ``functools.partial``: a resumed run compares them, which it cannot inside a lambda.
         source: the method whose gradient is taken.
         transfers: layer name, or pattern of names -> its transfer function (a name such as ``"tanh"``, or a
             :class:`Transfer`), for layers that what follows does not tell; ``None``: the ordinary gradient for them.
         anchored: every local step starts from the old weights (the paper's Eq. 4), with a constant learning rate;
             needs plain ``torch.optim.SGD`` inside. ``False``: Algorithms 1 to 4.
-        damping: for S, natural-gradient targets (Proposition 1) with this much damping, as a share of the Fisher
-            matrix's mean diagonal entry; ``None``: gradient targets.
+        damping: for S, natural-gradient targets (Proposition 1) with this much added to the Fisher matrix's diagonal,
+            as in K-FAC; in units of a squared gradient of one sample's loss. ``None``: gradient targets.
 
     Raises:
         ValueError: bad arguments.
@@ -109,6 +114,7 @@ anchored=False, damping=None)
         if isinstance(self.source, Windows):
             self.source.schedule(chain.depth)
         extra = self.source.prepare(chain, batch)
+        self._gamma(batch)
         found = treat(chain, batch, self.variant, self.transfers)
         if not found.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in found.left.items())
@@ -130,22 +136,22 @@ anchored=False, damping=None)
         if self._chain is not chain:
             raise ValueError("LocoProp: it has to know the chain first: prepare(chain, batch).")
         _refuse_compiled(chain)
+        descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         factors = scheduled(optimizer)
-        layers = [layer for layer in self._found.layers if id(layer.module.weight) in factors]
+        trained = {layer: part for layer in self._found.layers if (part := _trained(layer, factors))}
         chain.model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
-        with captured(layers) as captures:
+        with captured(trained) as captures:
             loss = self.source.backward(chain, batch)
         if not_finite(loss, gradient_norm(optimizer) + _norm(captures.values())):
             chain.model.zero_grad(set_to_none=True)
             optimizer.zero_grad(set_to_none=True)
             return torch.full_like(loss, math.nan)
-        descent = Descent(self.variant, self.iterations, self._gamma(batch), self.anchored, self.damping)
         with Ambient.off():
-            for layer in layers:
+            for layer, part in trained.items():
                 seen = captures.pop(layer)
                 if seen.input is not None:
-                    descent.run(layer, seen, self._inner[layer], factors[id(layer.module.weight)])
+                    descent.run(layer, seen, self._inner[layer], part, factors[id(layer.module.weight)])
             optimizer.step()
         return loss
 
@@ -208,6 +214,8 @@ anchored=False, damping=None)
                 f"source: the gradient of SGR with weight={self.source.weight} is not made of gradients in "
                 "pre-activations; set its weight=0."
             )
+        if not isinstance(self.transfers, Mapping):
+            raise ValueError(f"transfers={self.transfers!r}: give a mapping of layer names; {{}} for none.")
         for name, value in self.transfers.items():
             if not isinstance(value, Transfer | str | None):
                 raise ValueError(f"transfers[{name!r}]={value!r}: give a name, a Transfer, or None.")
@@ -218,17 +226,37 @@ anchored=False, damping=None)
 
 
 def scheduled(optimizer: Optimizer) -> dict[int, float]:
-    """What a schedule has made of the learning rate, relative to the first one, by the id of each parameter held.
+    """What a schedule has made of the learning rate, relative to its full one, by the id of each parameter held.
 
-    The first one is the group's ``initial_lr``, as torch's schedulers note it; where nobody has, it is noted here, so
-    that the optimiser's own state keeps it.
+    The full one is the group's ``max_lr``, as ``OneCycleLR`` notes it, else its ``initial_lr``, as torch's other
+    schedulers do. Where there is neither, the first rate seen is noted under a key of its own, so that the optimiser's
+    state keeps it.
     """
     factors: dict[int, float] = {}
     for group in optimizer.param_groups:
-        first = float(group.setdefault("initial_lr", group["lr"]))
-        factor = float(group["lr"]) / first if first else 1.0
+        known = next((key for key in ("max_lr", "initial_lr") if key in group), NOTED)
+        full = float(group[known] if known != NOTED else group.setdefault(NOTED, float(group["lr"])))
+        factor = float(group["lr"]) / full if full else 1.0
         factors |= {id(p): factor for p in group["params"]}
     return factors
+
+
+def _trained(layer: Layer, factors: Mapping[int, float]) -> list[nn.Parameter]:
+    """What of a layer takes local steps: nothing if its weight is frozen or not held, else all that is held.
+
+    Raises:
+        ValueError: the schedules of its weight and bias differ.
+    """
+    part = [p for p in layer.parameters if p.requires_grad and id(p) in factors]
+    if not any(p is layer.module.weight for p in part):
+        return []
+    found = [factors[id(p)] for p in part]
+    if not all(math.isclose(factor, found[0]) for factor in found):
+        raise ValueError(
+            f"optimizer: its schedule is at {found} of the learning rates of the weight and bias of {layer.name!r}, "
+            f"which step together here: give them one schedule, or transfers={{{layer.name!r}: None}}."
+        )
+    return part
 
 
 def _norm(captures: Any) -> Tensor:

@@ -9,6 +9,7 @@ error) needs no finding.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,11 +26,21 @@ TOLERANCE = 1e-2  # of a norm; float32 and half precision inside a model stay be
 
 
 def matching(chain: Chain, batch: Any, last: Weighted) -> Transfer | None:
-    """The transfer function with which the loss matches the last layer: softmax, sigmoid, or ``None`` of them."""
+    """The transfer function with which the loss matches the last layer: softmax, sigmoid, or ``None`` of them.
+
+    Warns where the loss has no gradient there, as with a batch whose labels are all ignored: then it cannot be told.
+    """
     here, slope = _gradient(chain, batch, last, 0.0)
     there, slope_there = _gradient(chain, batch, last, 1.0)
     change = slope_there - slope
     counts = (slope != 0) | (slope_there != 0)
+    if not counts.any():
+        warnings.warn(
+            "LocoProp: on the batch that it is prepared with the loss has no gradient in the layer called last, so its "
+            "matching loss is not found, and the layer trains as a linear one: prepare with another batch, or "
+            "name the function in transfers.",
+            stacklevel=2,
+        )
     for transfer in (softmax(feature_dim(last)), SIGMOID):
         expected = (transfer.function(there) - transfer.function(here)) * counts
         size, product = change.square().sum(), (change * expected).sum()

@@ -2,6 +2,7 @@
 
 For a gradient g, with s starting at one and m at zero:
 
+    g <- g + weight_decay w
     s <- decay s + (1 - decay) g^2
     m <- momentum m + lr g / sqrt(s + eps)
     w <- w - m
@@ -29,6 +30,7 @@ class RMSProp(Optimizer):
         decay: of the mean square.
         momentum: of the buffer.
         eps: added to the mean square, under the root.
+        weight_decay: times the parameter, added to the gradient; the paper has 1e-5.
 
     Raises:
         ValueError: a number out of its range.
@@ -41,12 +43,20 @@ class RMSProp(Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-4, decay: float = 0.9, momentum: float = 0.9, eps: float = 1e-5
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        decay: float = 0.9,
+        momentum: float = 0.9,
+        eps: float = 1e-5,
+        weight_decay: float = 0.0,
     ) -> None:
-        for name, value, top in (("lr", lr, math.inf), ("decay", decay, 1), ("momentum", momentum, 1), ("eps", eps, 1)):
+        given = {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        for name, value in given.items():
+            top = math.inf if name in ("lr", "weight_decay") else 1
             if not 0 <= value < top:
                 raise ValueError(f"{name}={value!r}: give a number >= 0 and < {top:g}.")
-        super().__init__(params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps})
+        super().__init__(params, given)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,6 +77,7 @@ class RMSProp(Optimizer):
         if not state:
             state["square"], state["buffer"] = torch.ones_like(p), torch.zeros_like(p)
         square, buffer = state["square"], state["buffer"]
-        square.lerp_(p.grad.square(), 1 - group["decay"])
-        buffer.mul_(group["momentum"]).add_(p.grad * (square + group["eps"]).rsqrt_() * group["lr"])
+        gradient = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+        square.lerp_(gradient.square(), 1 - group["decay"])
+        buffer.mul_(group["momentum"]).add_(gradient * (square + group["eps"]).rsqrt_() * group["lr"])
         p.sub_(buffer)

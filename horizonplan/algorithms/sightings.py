@@ -30,6 +30,7 @@ from horizonplan.algorithms.transfer import (
     softmax,
     softplus,
 )
+from horizonplan.batch import tensors
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import quiet
 
@@ -103,7 +104,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ids = {id(a) for a in (*args, *kwargs.values())} & self.outputs.keys() - self.overwritten
+        ids = {id(a) for a in tensors((args, kwargs))} & self.outputs.keys() - self.overwritten
         given = [self.outputs[i][0] for i in ids]
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -143,7 +144,9 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Transfer
     return softplus(beta, threshold)
 
 
-def _softmax(x: Tensor, dim: int, *rest: Any, **named: Any) -> Transfer:
+def _softmax(x: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Transfer:
+    if dim is None:  # torch's implicit dimension
+        dim = 0 if x.dim() in (0, 1, 3) else 1
     return softmax(dim)
 
 

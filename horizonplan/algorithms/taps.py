@@ -50,7 +50,8 @@ class Capture:
             if self.after is None:
                 raise ChainError(
                     f"layer {name!r}: the loss that trains it is taken between it and its transfer function, so it has "
-                    "no gradient after that: put both in one block, or take variant='S' or 'M'."
+                    "no gradient after that, or the transfer function works in place on a block's input: put both in "
+                    "one block, or take variant='S' or 'M'."
                 )
             gradient, self.after = self.after, None
         if self.input is None or self.gradient is None:

@@ -67,7 +67,10 @@ def treat(chain: Chain, batch: Any, variant: str, transfers: Transfers) -> Treat
             left[name] = found
         else:
             layers.append(found)
-    return Treated(tuple(layers), left | {name: "it is not called" for m, name in candidates.items() if m not in seen})
+    return Treated(
+        tuple(layers),
+        left | {name: "a trial forward did not call it" for m, name in candidates.items() if m not in seen},
+    )
 
 
 def _layer(
@@ -82,7 +85,7 @@ def _layer(
         return "the activation after it has no matching loss"
     if variant == "M" or wanted == LINEAR:
         return Layer(name, module, wanted)
-    if sight.follower is None:
+    if sight.follower is None or sight.transfer == LINEAR:  # a module before f, a flattening say
         return f"{wanted} after it is not computed by a module of its own"
     return Layer(name, module, wanted, sight.follower)
 

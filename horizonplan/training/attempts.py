@@ -108,7 +108,7 @@ class Attempts:
         run.faults += 1
         if policy == "raise":
             late = run.stepper.fuse or not isinstance(method, GradientMethod)
-            done = "weights were updated before it was known" if late else "the weights were not updated"
+            done = "weights may have been updated before it was known" if late else "the weights were not updated"
             raise FloatingPointError(f"{where}: check the data, lower the learning rate or clip; {done}.")
         if run.faults > self.options.max_nonfinite:
             bound = f"fault {run.faults} with max_nonfinite={self.options.max_nonfinite}"
