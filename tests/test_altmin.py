@@ -252,6 +252,21 @@ def test_a_fixed_linear_layer_is_fitted_to_least_squares():
     torch.testing.assert_close(torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach(), solution.T)
 
 
+@pytest.mark.parametrize("low", [1e-4, 1.0])
+def test_columns_of_any_scale_are_fitted_in_single_precision(low):
+    """Columns from ``low`` to 1e4, the bias among the smallest: relative to their scale, least squares."""
+    scale = torch.logspace(torch.tensor(low).log10().item(), 4, 6)
+    layer = nn.Linear(6, 3)
+    memory = Memory(layer, "layer")
+    x, c = torch.randn(60, 6) * scale, torch.randn(60, 3)
+    memory.add(*rows(layer, (x,), c))
+    for _ in range(100):
+        memory.fit(layer)
+    solution = torch.linalg.lstsq(torch.cat([x / scale, torch.ones(60, 1)], 1).double(), c.double()).solution
+    found = torch.cat([layer.weight * scale, layer.bias.unsqueeze(1)], 1).detach()
+    torch.testing.assert_close(found, solution.T.float(), rtol=1e-3, atol=1e-3)
+
+
 LAYERS = {
     "linear": (nn.Linear(4, 3), (torch.randn(2, 5, 4),)),
     "linear, no bias": (nn.Linear(4, 3, bias=False), (torch.randn(6, 4),)),
