@@ -54,6 +54,44 @@ def test_with_all_defaults_it_learns_the_digits_however_they_are_prepared(size, 
     assert min(found) > 0.85, found
 
 
+def eq4(sweep):
+    """Eq. 4 after the move of c_L minus before, a sum over samples, divided by mu."""
+    before = sweep.encode()
+    with sweep.rest():
+        sweep.move()
+        _, after = sweep.again(sweep.links.outputs)
+    top = max(sweep.links.coded)
+    return (after.detach() - before) * sweep.samples / sweep.mu + torch.dist(sweep.codes[top], sweep.forward[top]) ** 2
+
+
+LOSSES = {
+    "mu=.1": (0.1, 0),
+    "mu=.01": (0.01, 0),
+    "squares": (1.0, 1.0),
+    "squares, 10": (1.0, 10.0),
+    "squares, 100": (1.0, 100.0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_move_of_the_last_code_descends_whatever_the_losss_curvature(name):
+    """On every batch of a run at the default rate; and the loss falls."""
+    mu, scale = LOSSES[name]
+    (x, y), _ = (part.tensors for part in digits())
+    x, target = x / 4, torch.nn.functional.one_hot(y, 10) * scale if scale else y
+    data = list(zip(x[:512].split(64), target[:512].split(64), strict=True))
+    model = relu_network()
+    chain = hp.Chain.from_model(model, data[0], loss=nn.MSELoss() if scale else nn.CrossEntropyLoss())
+    method = AlternatingMinimization(mu=mu)
+    method.prepare(chain, data[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for batch in data * 12:
+        assert eq4(method._sweep(batch, mu)) < 0
+        losses.append(method.step(chain, batch, optimizer).item())
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
 CASES = {
     "adam": {},
     "growing": {"mu": Penalty(0.1, factor=1.5, every=4), "code_steps": 2},

@@ -31,6 +31,7 @@ from horizonplan.chain import Chain, ChainError
 from horizonplan.chain.calls import ENTRY, quiet
 
 KEPT_LINKS = 32
+TRIALS = 8  # the first ones' moves may be far too long, and tell the curvature where codes do not come to
 
 
 @dataclass(eq=False)
@@ -50,8 +51,8 @@ class AlternatingMinimization(Algorithm):
         mu: the weight of the quadratic terms; a number, or a :class:`Penalty` that grows. Codes move little where it
             is large, and the weights' gradient then tends to back-propagation's (with ``code_steps=1``).
         code_steps: steps of gradient descent on each code.
-        code_lr: their rate, on Eqs. 4 and 5 divided by mu; ``None``: for each layer the best one for Eq. 5 along its
-            slope, from how much the layer above magnified the last batch's moves
+        code_lr: their rate, on Eqs. 4 and 5 divided by mu; ``None``: for each layer the best one for Eqs. 4 and 5
+            along its slope, from how much the layer above magnified the last batch's moves, and how the loss bent
             (:mod:`horizonplan.algorithms.code_gains`). A number is the same for all layers, and is to be lowered where
             weights are large.
         weight_steps: the optimiser's steps a batch, and sweeps over the columns with ``memory``.
@@ -103,16 +104,20 @@ class AlternatingMinimization(Algorithm):
         return self._remember(self._links_of(batch)) if self.memory else None
 
     def _first_gains(self, batch: Any) -> dict[nn.Module, Tensor]:
-        """Of a step that is not made."""
+        """Of steps that are not made, each at the rates of the one before."""
         assert self._chain is not None
         self._gains = dict.fromkeys(self._layers, torch.ones((), device=self._chain.device))
         if self.code_lr is not None:
             return self._gains
         with quiet(self._chain.model):
-            sweep = self._sweep(batch, 1.0)
-            sweep.encode()
-            sweep.move()
-            return measured_gains(sweep, sweep.again(None)[0], self._gains)
+            for _ in range(TRIALS):
+                sweep = self._sweep(batch, self._mu())
+                sweep.encode()
+                sweep.move()
+                run, loss = sweep.again(None)
+                assert loss is not None
+                self._gains = measured_gains(sweep, run, loss, self._gains)
+        return self._gains
 
     def _remember(self, links: Links) -> nn.Module:
         """Make the memories."""
@@ -142,8 +147,7 @@ class AlternatingMinimization(Algorithm):
             ChainError: the batch is of another kind, and the model no chain on it.
         """
         self._see(chain)
-        mu = self.mu(self._steps) if isinstance(self.mu, Penalty) else float(self.mu)
-        sweep = self._sweep(batch, mu)
+        sweep = self._sweep(batch, self._mu())
         loss = sweep.encode()
         if torch.isfinite(loss):
             with sweep.rest():
@@ -153,6 +157,9 @@ class AlternatingMinimization(Algorithm):
                         return loss * math.nan
             self._steps += 1
         return loss
+
+    def _mu(self) -> float:
+        return self.mu(self._steps) if isinstance(self.mu, Penalty) else float(self.mu)
 
     def _sweep(self, batch: Any, mu: float) -> Sweep:
         chain, links = self._chain, self._links_of(batch)
@@ -168,7 +175,7 @@ class AlternatingMinimization(Algorithm):
         assert loss is not None
         if first:  # weights are as in the encoding
             run.predictions |= sweep.unmoved
-            gains = measured_gains(sweep, run, self._gains)
+            gains = measured_gains(sweep, run, loss, self._gains)
         terms, cotangents = [loss], [torch.ones_like(loss)]
         for i in [] if self.memory else links.coded:
             distance = run.predictions[i].detach() - sweep.codes[i]
@@ -188,7 +195,7 @@ class AlternatingMinimization(Algorithm):
             for memory in self._memories.values():
                 memory.forget(self.decay)
             for memory, layer, arguments, code in new:
-                memory.add(*rows(layer, arguments, code))
+                memory.add(*rows(layer, tuple(a.detach() for a in arguments), code))
         for layer, memory in self._memories.items():
             memory.fit(layer)
         return True

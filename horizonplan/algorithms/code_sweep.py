@@ -40,6 +40,9 @@ class Sweep:
         forward: the codes' values in the forward.
         relaxed: for a layer after a sign, its prediction from the activation as it would have moved.
         unmoved: predictions of the encoding, with their graphs, that read no code.
+        loss_slopes: the slopes of the loss over mu in the codes it is read from, at their forward values.
+        leaves: those codes, moved, as later passes read them: to differentiate by.
+        bends: for such codes before a sign: half the change of that slope along the activation's move.
     """
 
     chain: Chain
@@ -54,6 +57,9 @@ class Sweep:
     forward: dict[int, Tensor] = field(default_factory=dict)
     relaxed: dict[int, Tensor] = field(default_factory=dict)
     unmoved: dict[int, Tensor] = field(default_factory=dict)
+    loss_slopes: dict[int, Tensor] = field(default_factory=dict)
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    bends: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cards = rng_devices(self.chain.model) if self.chain.device.type == "cuda" else []
@@ -93,6 +99,7 @@ class Sweep:
         read = {i for j in self.links.outputs for i in self.links.parents[j]}
         self._pull(self.loss, self.loss.new_tensor(self.samples / self.mu), sorted(read))
         del self.loss
+        self.loss_slopes = dict(self._slopes)
         for i in reversed(self.links.coded):
             predicted = predictions.pop(i)
             moved = self.forward[i] = predicted.detach()
@@ -101,6 +108,8 @@ class Sweep:
                 if self.links.parents[i]:
                     self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
+            if i in self.loss_slopes and i not in self.links.steps:
+                self.leaves[i] = moved.detach().requires_grad_()
 
     @contextmanager
     def rest(self) -> Iterator[None]:
@@ -132,7 +141,7 @@ class Sweep:
             if i in self.links.outputs:
                 assert prediction is not None
                 return prediction
-            code = value if i == number and not step else self.codes[i]
+            code = value if i == number and not step else self.leaves.get(i, self.codes[i])
             assert code is not None
             return code.clone() if i in self.links.copied else code
 
@@ -187,6 +196,8 @@ class Sweep:
         (child,) = self.links.children[i]
         if child not in self.links.outputs:
             self.relaxed[child] = self.again({child}, child, (i, value))[0].predictions[child].detach()
+        else:
+            self.bends[i] = ((self._slope_at(i, value) - self.loss_slopes[i]) * (value - start)).sum() / 2
         return self.forward[i] + (value - start).reshape(self.forward[i].shape)
 
     def _slope_at(self, i: int, value: Tensor) -> Tensor:
