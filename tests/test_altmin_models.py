@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from altmin_models import MODELS, Heaviside, LeNet, Sign, Threshold, images, sign_network
+from altmin_models import MODELS, Elman, Heaviside, LeNet, Sign, Threshold, images, sign_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,9 +46,12 @@ def test_every_kind_of_network_trains(name):
 def test_every_kind_of_network_trains_with_memories(name):
     make, data = MODELS[name]
     model, batch = make(), data()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     result = hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True), epochs=40, optimizer=fast)
     losses = [entry["loss"] for entry in result.history]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    still = {n for n, p in model.named_parameters() if torch.dist(p.detach(), before[n]) < 1e-3}
+    assert still == ({"cell.bias_hh_l0"} if name == "elman" else set())  # the other bias takes the sum's moves
 
 
 @pytest.mark.parametrize("step", [Sign, Threshold, Heaviside])
@@ -150,6 +153,38 @@ def test_a_step_draws_the_random_numbers_of_one_forward(steps):
     torch.manual_seed(3)
     model(batch[0])
     assert torch.equal(after, torch.get_rng_state())
+
+
+class Late(nn.Module):
+    """A ReLU that is flat for all usual inputs."""
+
+    def forward(self, x):
+        return torch.relu(x - 6)
+
+
+class LateStep(nn.Module):
+    def forward(self, x):
+        return (x > 2).float()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("step", [nn.ReLU, Late, Sign, Threshold, Heaviside, LateStep])
+def test_signs_and_flat_parts_are_told_apart_on_any_draw_of_codes(step, rows):
+    for seed in range(15):
+        torch.manual_seed(seed)
+        data = torch.randn(rows, 6), torch.randint(0, 3, (rows,))
+        model = sign_network(6, 2, 2, 3, step)
+        _, method = prepared(model, data, code_lr=0.1)
+        assert method._links_of(data).steps == (set() if step in (nn.ReLU, Late) else {0}), seed
+
+
+def test_an_elman_network_of_relus_takes_a_last_batch_of_one():
+    for seed in range(15):
+        torch.manual_seed(seed)
+        model = Elman(last=True)
+        model.cell = nn.RNN(3, 5, batch_first=True, nonlinearity="relu")
+        data = [(torch.randn(rows, 4, 3), torch.randint(0, 3, (rows,))) for rows in (6, 1)]
+        assert len(hp.train(model, data, algorithm=AlternatingMinimization()).history) == 2
 
 
 class Multiplied(nn.Module):
