@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from altmin_models import MODELS, Elman, Heaviside, LeNet, Sign, Threshold, images, sign_network
+from altmin_models import MODELS, Elman, Heaviside, LeNet, Sign, Threshold, images, perceptron, sign_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -308,6 +308,42 @@ def test_what_no_memory_fits_is_refused_with_memories_only(name):
     with pytest.raises(ChainError, match=message):
         hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True))
     hp.train(model, [batch], algorithm=AlternatingMinimization())
+
+
+def test_tied_weights_have_no_memory():
+    model = perceptron(widths=(6, 6, 6, 3)).float()
+    model[2].weight = model[0].weight
+    batch = torch.randn(4, 6), torch.randint(0, 3, (4,))
+    with pytest.raises(ChainError, match="'0' shares weights with '2'"):
+        hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True))
+    hp.train(model, [batch], algorithm=AlternatingMinimization())
+
+
+class Longer(nn.Module):
+    """Calls one layer only for large batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(h)) if len(x) > 4 else h)
+
+
+def test_a_layer_that_comes_without_a_memory_is_refused_before_anything_moves():
+    small, large = ((torch.randn(rows, 6), torch.randint(0, 3, (rows,))) for rows in (4, 5))
+    for memory in (False, True):
+        model = Longer()
+        chain, method = prepared(model, small, memory=memory)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters())
+        if memory:
+            with pytest.raises(ChainError, match="'b' has no memory"):
+                method.step(chain, large, optimizer)
+        else:
+            method.step(chain, large, optimizer)
+        assert memory == all(map(torch.equal, model.parameters(), before))
 
 
 class Packed(Gated):

@@ -177,6 +177,20 @@ def test_it_has_to_be_prepared_for_the_chain():
         method.step(chain, batch, torch.optim.AdamW(chain.parameters()))
 
 
+def test_a_state_is_loaded_after_prepare_and_into_the_same_layers():
+    batch = batches(1)[0]
+    chain = hp.Chain.from_model(perceptron().float(), batch)
+    method = AlternatingMinimization()
+    assert method.state_dict() == {"steps": 0, "gains": {}}
+    with pytest.raises(ValueError, match="call prepare"):
+        method.load_state_dict({"steps": 1, "gains": {}})
+    method.prepare(chain, batch)
+    with pytest.raises(ValueError, match="same model"):
+        method.load_state_dict({"steps": 1, "gains": {}})
+    method.load_state_dict(method.state_dict() | {"steps": 3})
+    assert method.state_dict()["steps"] == 3
+
+
 def test_autocast_around_a_step_is_refused():
     batch = batches(1)[0]
     chain = hp.Chain.from_model(perceptron().float(), batch)

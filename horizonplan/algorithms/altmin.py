@@ -44,8 +44,8 @@ class AlternatingMinimization(Algorithm):
 
     Args:
         memory: fit hidden layers to co-activation memories of all batches so far by block-coordinate descent
-            (AM-mem), not to the present batch with the optimiser (AM-Adam with Adam). The output layer is always
-            trained by the optimiser.
+            (AM-mem), not to the present batch with the optimiser (AM-Adam with Adam). All that are not frozen are,
+            whether the optimiser was given them or not. The output layer is always trained by the optimiser.
         proximal: keep each code near the layer below (second term of Eqs. 4 and 5). The authors' code leaves it
             without effect; so do the first step on a code, at which its slope is zero, and hence ``code_steps=1``.
         mu: the weight of the quadratic terms; a number, or a :class:`Penalty` that grows. Codes move little where it
@@ -80,6 +80,9 @@ class AlternatingMinimization(Algorithm):
         self._check()
         self._chain: Chain | None = None
         self._steps = 0
+        self._layers: dict[nn.Module, str] = {}
+        self._gains: dict[nn.Module, Tensor] = {}
+        self._memories: dict[nn.Module, Memory] = {}
 
     def prepare(self, chain: Chain, batch: Any) -> nn.Module | None:
         """See that the model is a chain of layers, and make the memories, whose buffers a run keeps.
@@ -100,7 +103,7 @@ class AlternatingMinimization(Algorithm):
         self._links_of(batch)
         refuse_sum(chain, batch)
         self._gains = self._first_gains(batch)
-        self._memories: dict[nn.Module, Memory] = {}
+        self._memories = {}
         return self._remember(self._links_of(batch)) if self.memory else None
 
     def _first_gains(self, batch: Any) -> dict[nn.Module, Tensor]:
@@ -133,8 +136,23 @@ class AlternatingMinimization(Algorithm):
             raise ChainError(f"memory=True: {name!r} is normalised, and so not linear; take memory=False.")
         for layer in dict.fromkeys(links.modules[i] for i in links.coded):
             if any(p.requires_grad for p in layer.parameters()):
+                self._alone(layer)
                 self._memories[layer] = Memory(layer, self._layers[layer])
         return nn.ModuleList(self._memories.values())
+
+    def _alone(self, layer: nn.Module) -> None:
+        """See that no other module has a parameter of the layer, which its memory alone would overwrite.
+
+        Raises:
+            ChainError: one has.
+        """
+        own = {id(p) for p in layer.parameters()}
+        for name, module in self._modules.items():
+            if module is not layer and any(id(p) in own for p in module._parameters.values()):
+                raise ChainError(
+                    f"memory=True: {self._layers[layer]!r} shares weights with {name!r}, and each memory would fit "
+                    "them to its own codes only; untie them, or take memory=False."
+                )
 
     def step(self, chain: Chain, batch: Any, optimizer: torch.optim.Optimizer) -> Tensor:
         """Encode, move the codes, fit the layers (Algorithm 2.1); returns the forward's loss.
@@ -148,6 +166,7 @@ class AlternatingMinimization(Algorithm):
         """
         self._see(chain)
         sweep = self._sweep(batch, self._mu())
+        self._remembered(sweep.links)
         loss = sweep.encode()
         if torch.isfinite(loss):
             with sweep.rest():
@@ -206,7 +225,17 @@ class AlternatingMinimization(Algorithm):
         optimizer.zero_grad(set_to_none=True)
 
     def _remembered(self, links: Links) -> list[tuple[Memory, int]]:
-        """The memory of each call that has one."""
+        """The memory of each call that has one.
+
+        Raises:
+            ChainError: a layer with weights to fit has none.
+        """
+        for layer in {links.modules[i] for i in links.coded if self.memory} - self._memories.keys():
+            if any(p.requires_grad for p in layer.parameters()):
+                raise ChainError(
+                    f"memory=True: {self._layers[layer]!r} has no memory, since the batch given to prepare did not "
+                    "call it; give prepare a batch that calls all layers, or take memory=False."
+                )
         return [(self._memories[m], i) for i in links.coded if (m := links.modules[i]) in self._memories]
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,7 +247,18 @@ class AlternatingMinimization(Algorithm):
         return {"steps": self._steps, "gains": gains}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            ValueError: not prepared yet, or for a model of other layers.
+        """
+        if self._chain is None:
+            raise ValueError("load_state_dict: the method has to know the chain first; call prepare(chain, batch).")
+        if state["gains"].keys() != set(self._layers.values()):
+            raise ValueError(
+                f"load_state_dict: the state is of layers {sorted(state['gains'])}, the model has "
+                f"{sorted(self._layers.values())}; give a state of the same model."
+            )
         self._steps = int(state["steps"])
         self._gains = {m: state["gains"][name].to(self._gains[m].device) for m, name in self._layers.items()}
 
