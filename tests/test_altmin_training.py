@@ -219,6 +219,31 @@ def test_a_batch_that_is_not_finite_changes_nothing(memory):
         assert torch.equal(one.a, same.a)
 
 
+def everything(model, method):
+    buffers = [b for memory in method._memories.values() for b in memory.buffers()]
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers(), *buffers, *method._gains.values())]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_nothing_moves_where_a_loss_or_a_memory_overflows(value):
+    """The second input's square is beyond single precision, its loss is not."""
+    hidden = [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)]
+    for memory, model in ((False, nn.Sequential(*hidden)), (True, nn.Sequential(*hidden[:3], nn.Linear(4, 3)))):
+        good, bad = batches(2)
+        chain = hp.Chain.from_model(model, good, blocks=[""])
+        method = AlternatingMinimization(memory=memory)
+        method.prepare(chain, good)
+        optimizer = torch.optim.AdamW(model.parameters())
+        method.step(chain, good, optimizer)
+        before = everything(model, method)
+        bad[0][0] = value
+        if memory or value != value:
+            assert not torch.isfinite(method.step(chain, bad, optimizer))
+            assert all(map(torch.equal, everything(model, method), before))
+        assert torch.isfinite(method.step(chain, good, optimizer))
+        assert not any(map(torch.equal, list(model.parameters()), before))
+
+
 def test_batches_of_other_sizes_and_chains_of_blocks_are_taken():
     """The last batch of an epoch is smaller; the chain may have been cut into blocks for another method."""
     data = [*batches(2), *batches(1, rows=3)]

@@ -11,6 +11,7 @@ them, each by itself: the error passes through one layer at a time, and through 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from horizonplan.algorithms.base import Algorithm, gradient_norm, not_finite
-from horizonplan.algorithms.coactivation import Memory, rows
+from horizonplan.algorithms.coactivation import Memory, rows, write
 from horizonplan.algorithms.code_gains import measured_gains, rate
 from horizonplan.algorithms.code_layers import NONLINEAR, NORMS, code_layers
 from horizonplan.algorithms.code_links import Links, find_links
+from horizonplan.algorithms.code_pass import CodePass
 from horizonplan.algorithms.code_sweep import Sweep
 from horizonplan.algorithms.mean_loss import refuse_sum
 from horizonplan.algorithms.penalty import Penalty
@@ -157,8 +159,9 @@ class AlternatingMinimization(Algorithm):
     def step(self, chain: Chain, batch: Any, optimizer: torch.optim.Optimizer) -> Tensor:
         """Encode, move the codes, fit the layers (Algorithm 2.1); returns the forward's loss.
 
-        Where the loss, a gradient or a memory would not be finite nothing is updated, and what is returned is not
-        finite either.
+        Where the loss, a gradient, a memory or the weights fitted to it would not be finite nothing is updated,
+        running statistics included, and what is returned is not finite either. Where that comes up in a later one of
+        ``weight_steps`` the earlier ones stay.
 
         Raises:
             ValueError: not prepared for this chain, or autocast or a compiled module is in use.
@@ -167,15 +170,24 @@ class AlternatingMinimization(Algorithm):
         self._see(chain)
         sweep = self._sweep(batch, self._mu())
         self._remembered(sweep.links)
+        before = [(buffer, buffer.clone()) for buffer in chain.model.buffers()]
         loss = sweep.encode()
-        if torch.isfinite(loss):
-            with sweep.rest():
-                sweep.move()
-                for turn in range(self.weight_steps):
-                    if not self._fit(sweep, optimizer, first=turn == 0):
-                        return loss * math.nan
+        made = self._turns(sweep, optimizer) if torch.isfinite(loss) else 0
+        if made:
             self._steps += 1
-        return loss
+        else:
+            for buffer, value in before:
+                buffer.copy_(value)
+        return loss if made == self.weight_steps else loss * math.nan
+
+    def _turns(self, sweep: Sweep, optimizer: torch.optim.Optimizer) -> int:
+        """Move the codes and fit the layers; returns how many of ``weight_steps`` were finite."""
+        with sweep.rest():
+            sweep.move()
+            for turn in range(self.weight_steps):
+                if not self._fit(sweep, optimizer, first=turn == 0):
+                    return turn
+        return self.weight_steps
 
     def _mu(self) -> float:
         return self.mu(self._steps) if isinstance(self.mu, Penalty) else float(self.mu)
@@ -203,29 +215,38 @@ class AlternatingMinimization(Algorithm):
         trained = [(t, c) for t, c in zip(terms, cotangents, strict=True) if t.requires_grad]
         if trained:
             torch.autograd.backward([t for t, _ in trained], [c for _, c in trained])
-        new = [(m, links.modules[i], run.arguments[i], sweep.codes[i]) for m, i in self._remembered(links)]
-        finite = all(bool(torch.isfinite(code).all()) for *_, code in new)
+        memories = self._ahead(sweep, run) if first else dict(self._memories)
+        weights = {layer: memory.fitted(layer) for layer, memory in memories.items()}
+        finite = all(m.finite() and bool(torch.isfinite(weights[layer]).all()) for layer, m in memories.items())
         if not finite or not_finite(loss.detach(), gradient_norm(optimizer)):
             self._clear(optimizer)
             return False
         optimizer.step()
         if first:
             self._gains = gains
-            for memory in self._memories.values():
-                memory.forget(self.decay)
-            for memory, layer, arguments, code in new:
-                memory.add(*rows(layer, tuple(a.detach() for a in arguments), code))
-        for layer, memory in self._memories.items():
-            memory.fit(layer)
+        for layer, memory in memories.items():
+            self._memories[layer].load_state_dict(memory.state_dict())
+            write(layer, weights[layer])
         return True
+
+    @torch.no_grad()
+    def _ahead(self, sweep: Sweep, run: CodePass) -> dict[nn.Module, Memory]:
+        """Copies of the memories that have this batch in them."""
+        found = {layer: copy.deepcopy(memory) for layer, memory in self._memories.items()}
+        for memory in found.values():
+            memory.forget(self.decay)
+        for i in self._remembered(sweep.links):
+            layer = sweep.links.modules[i]
+            found[layer].add(*rows(layer, run.arguments[i], sweep.codes[i]))
+        return found
 
     def _clear(self, optimizer: torch.optim.Optimizer) -> None:
         for p in self._parameters:
             p.grad = None
         optimizer.zero_grad(set_to_none=True)
 
-    def _remembered(self, links: Links) -> list[tuple[Memory, int]]:
-        """The memory of each call that has one.
+    def _remembered(self, links: Links) -> list[int]:
+        """The calls whose layer has a memory.
 
         Raises:
             ChainError: a layer with weights to fit has none.
@@ -236,7 +257,7 @@ class AlternatingMinimization(Algorithm):
                     f"memory=True: {self._layers[layer]!r} has no memory, since the batch given to prepare did not "
                     "call it; give prepare a batch that calls all layers, or take memory=False."
                 )
-        return [(self._memories[m], i) for i in links.coded if (m := links.modules[i]) in self._memories]
+        return [i for i in links.coded if links.modules[i] in self._memories]
 
     def state_dict(self) -> dict[str, Any]:
         """The batches that mu has grown with, and the layers' gains.

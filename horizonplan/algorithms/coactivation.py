@@ -71,9 +71,13 @@ class Memory(nn.Module):
         self.a *= decay
         self.b *= decay
 
-    def fit(self, layer: nn.Module) -> None:
-        """One sweep over the columns of the layer's weights."""
-        _write(layer, coordinate_descent(_weight(layer), self.a, self.b))
+    def fitted(self, layer: nn.Module) -> Tensor:
+        """The layer's weights and bias after one sweep over their columns, for :func:`write`."""
+        return coordinate_descent(_weight(layer), self.a, self.b)
+
+    def finite(self) -> bool:
+        """Whether all that is remembered is."""
+        return bool(torch.isfinite(self.a).all() and torch.isfinite(self.b).all())
 
 
 def rows(layer: nn.Module, arguments: tuple[Tensor, ...], code: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +126,8 @@ def _weight(layer: nn.Module) -> Tensor:
         return weight.clone() if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
 
 
-def _write(layer: nn.Module, weight: Tensor) -> None:
+def write(layer: nn.Module, weight: Tensor) -> None:
+    """Set a layer's weights and bias, ``(M, D)``."""
     with torch.no_grad():
         if isinstance(layer, RECURRENT):
             w_x, w_h, b_x, b_h = cell_weights(layer)
