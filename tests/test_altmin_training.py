@@ -318,6 +318,27 @@ def test_a_loss_that_is_a_sum_is_refused():
         hp.train(perceptron().float(), batches(), algorithm=AlternatingMinimization(), loss=loss)
 
 
+def contrastive(out, y):
+    out = nn.functional.normalize(out)
+    return nn.functional.cross_entropy(out @ out.T * 20, torch.arange(len(out)))
+
+
+MEANS = {
+    "weighted": nn.CrossEntropyLoss(weight=torch.tensor([100.0, 1.0, 0.01])),
+    "padded": nn.CrossEntropyLoss(ignore_index=2),
+    "contrastive": contrastive,
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_of_any_kind_on_ordered_samples_is_taken(name):
+    """Its first half has other classes than its second."""
+    for rows in (8, 64):
+        x, y = torch.randn(rows, 6), torch.arange(rows) * 3 // rows
+        for data in ((x, y), (x.flip(0), y.flip(0))):
+            hp.train(perceptron().float(), [data], algorithm=AlternatingMinimization(), loss=MEANS[name])
+
+
 def test_small_batches_and_models_of_one_batch_size_are_taken():
     hp.train(LeNet(norm=True), [images(2)], algorithm=AlternatingMinimization())
     fixed = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Unflatten(0, (6, 1)), nn.Flatten(), nn.Linear(4, 3))
