@@ -339,6 +339,38 @@ def test_a_mean_of_any_kind_on_ordered_samples_is_taken(name):
             hp.train(perceptron().float(), [data], algorithm=AlternatingMinimization(), loss=MEANS[name])
 
 
+def test_samples_are_counted_where_the_batch_holds_other_tensors():
+    def compute(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], batch[2])
+
+    x, y = batches(1, rows=32)[0]
+    chain = hp.Chain.from_model(perceptron().float(), (x, y, torch.ones(3)), blocks=[""], compute_loss=compute)
+    method = AlternatingMinimization()
+    method.prepare(chain, (x, y, torch.ones(3)))
+    sweep = method._sweep((x, y, torch.ones(3)), 1.0)
+    sweep.encode()
+    assert sweep.samples == 32
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_samples_are_counted_in_sequences(first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.c = nn.RNN(3, 5, batch_first=first), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.c(self.cell(x)[1][0])
+
+    batch = torch.randn((6, 4, 3) if first else (4, 6, 3)), torch.randint(0, 3, (6,))
+    chain = hp.Chain.from_model(Net(), batch, blocks=[""])
+    method = AlternatingMinimization()
+    method.prepare(chain, batch)
+    sweep = method._sweep(batch, 1.0)
+    sweep.encode()
+    assert sweep.samples == 6
+
+
 def test_small_batches_and_models_of_one_batch_size_are_taken():
     hp.train(LeNet(norm=True), [images(2)], algorithm=AlternatingMinimization())
     fixed = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Unflatten(0, (6, 1)), nn.Flatten(), nn.Linear(4, 3))
