@@ -187,6 +187,45 @@ def test_an_elman_network_of_relus_takes_a_last_batch_of_one():
         assert len(hp.train(model, data, algorithm=AlternatingMinimization()).history) == 2
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_layers_with_random_numbers_of_their_own_draw_the_same_in_every_pass(hook):
+    first = nn.Linear(6, 9) if hook else Noisy(6, 9)
+    model = nn.Sequential(first, nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    if hook:
+        first.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
+    data = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    _, method = prepared(model, data, code_lr=1e-12)
+    sweep = method._sweep(data, 1.0)
+    sweep.encode()
+    with sweep.rest():
+        sweep.move()
+        run, _ = sweep.again({1, 2})  # as in the weight part, in which the first layer is skipped
+    torch.testing.assert_close(run.predictions[1], sweep.forward[1])
+
+
+def test_hooks_of_a_recurrent_layer_are_refused():
+    model = Elman()
+    model.cell.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ChainError, match="has forward hooks"):
+        prepared(model, (torch.randn(6, 4, 3), torch.randint(0, 3, (6,))))
+
+
+def test_memories_of_half_precision_layers_are_kept_in_single():
+    model = perceptron().bfloat16()
+    data = torch.randn(6, 6).bfloat16(), torch.randint(0, 3, (6,))
+    chain, method = prepared(model, data, memory=True)
+    before = model[0].weight.detach().clone()
+    method.step(chain, data, torch.optim.AdamW(model.parameters()))
+    assert {b.dtype for memory in method._memories.values() for b in memory.buffers()} == {torch.float32}
+    assert model[0].weight.dtype == torch.bfloat16
+    assert not torch.equal(model[0].weight, before)
+
+
 class Multiplied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -40,7 +40,7 @@ def coordinate_descent(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Memory(nn.Module):
-    """The memories of one layer.
+    """The memories of one layer, in single precision at least.
 
     Args:
         layer: ``Linear``, ``Conv1d``, ``Conv2d``, ``RNN`` or ``RNNCell``.
@@ -58,11 +58,13 @@ class Memory(nn.Module):
         _check(layer, name)
         weight = _weight(layer)
         outputs, inputs = weight.shape
-        self.register_buffer("a", weight.new_zeros(inputs, inputs))
-        self.register_buffer("b", weight.new_zeros(outputs, inputs))
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("a", weight.new_zeros(inputs, inputs, dtype=kind))
+        self.register_buffer("b", weight.new_zeros(outputs, inputs, dtype=kind))
 
     def add(self, inputs: Tensor, codes: Tensor) -> None:
         """Remember rows ``(N, D)`` of inputs and ``(N, M)`` of codes (``updateMemory``)."""
+        inputs, codes = inputs.to(self.a.dtype), codes.to(self.a.dtype)
         self.a += inputs.T @ inputs
         self.b += codes.T @ inputs
 
@@ -73,7 +75,7 @@ class Memory(nn.Module):
 
     def fitted(self, layer: nn.Module) -> Tensor:
         """The layer's weights and bias after one sweep over their columns, for :func:`write`."""
-        return coordinate_descent(_weight(layer), self.a, self.b)
+        return coordinate_descent(_weight(layer).to(self.a.dtype), self.a, self.b)
 
     def finite(self) -> bool:
         """Whether all that is remembered is."""
