@@ -1,5 +1,7 @@
 """Alternating minimisation against the paper's equations, written out."""
 
+import copy
+
 import pytest
 import torch
 from altmin_models import MODELS, Elman, perceptron
@@ -8,7 +10,7 @@ from torch import nn
 
 import horizonplan as hp
 from horizonplan.algorithms import AlternatingMinimization, Penalty
-from horizonplan.algorithms.coactivation import Memory, coordinate_descent, rows
+from horizonplan.algorithms.coactivation import Memory, coordinate_descent, rows, write
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +93,12 @@ def test_a_cell_in_a_loop_is_the_same_as_the_layer(memory):
     loop.v.load_state_dict(layer.v.state_dict())
     loop.c.load_state_dict(layer.c.state_dict())
     loop.cell.load_state_dict({n.removesuffix("_l0"): p for n, p in layer.cell.state_dict().items()})
+    before = [p.detach().clone() for p in layer.parameters()]
     for model in (layer, loop):
         hp.train(model, [data], algorithm=AlternatingMinimization(memory=memory), epochs=3)
+    moved = [torch.dist(p.detach(), old) > 1e-4 for p, old in zip(layer.parameters(), before, strict=True)]
+    still = {"cell.bias_hh_l0"} if memory else set()  # a memory writes the sum of the two biases into the other one
+    assert {n for (n, _), yes in zip(layer.named_parameters(), moved, strict=True) if not yes} == still
     for one, other in zip(layer.parameters(), loop.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -244,12 +250,27 @@ def test_a_fixed_linear_layer_is_fitted_to_least_squares():
     memory.add(*rows(layer, (x,), c))
     before = (layer(x) - c).square().sum()
     for _ in range(200):
-        memory.fit(layer)
+        write(layer, memory.fitted(layer))
         after = (layer(x) - c).square().sum()
         assert after <= before + 1e-9
         before = after
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(40, 1)], 1), c).solution
     torch.testing.assert_close(torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach(), solution.T)
+
+
+@pytest.mark.parametrize("low", [1e-4, 1.0])
+def test_columns_of_any_scale_are_fitted_in_single_precision(low):
+    """Columns from ``low`` to 1e4, the bias among the smallest: relative to their scale, least squares."""
+    scale = torch.logspace(torch.tensor(low).log10().item(), 4, 6)
+    layer = nn.Linear(6, 3)
+    memory = Memory(layer, "layer")
+    x, c = torch.randn(60, 6) * scale, torch.randn(60, 3)
+    memory.add(*rows(layer, (x,), c))
+    for _ in range(100):
+        write(layer, memory.fitted(layer))
+    solution = torch.linalg.lstsq(torch.cat([x / scale, torch.ones(60, 1)], 1).double(), c.double()).solution
+    found = torch.cat([layer.weight * scale, layer.bias.unsqueeze(1)], 1).detach()
+    torch.testing.assert_close(found, solution.T.float(), rtol=1e-3, atol=1e-3)
 
 
 LAYERS = {
@@ -264,17 +285,25 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_linear_in_its_rows(name):
-    """A memory of what a layer computes itself, rows in order, has that layer's weights as its optimum."""
+    """A memory of what a layer computed itself, rows in order, brings other weights back to computing that."""
     from horizonplan.algorithms.code_layers import cell
 
     layer, read = LAYERS[name]
-    code = (cell(layer, *read) if isinstance(layer, nn.RNNCell) else layer(*read)).detach()
+    layer, read = copy.deepcopy(layer).double(), tuple(x.double() for x in read)
+
+    def output():
+        return (cell(layer, *read) if isinstance(layer, nn.RNNCell) else layer(*read)).detach()
+
+    code = output()
     memory = Memory(layer, name)
-    own = {n: p.detach().clone() for n, p in layer.named_parameters()}
     memory.add(*rows(layer, read, code))
-    memory.fit(layer)
-    for n, p in layer.named_parameters():
-        torch.testing.assert_close(p.detach(), own[n], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    assert torch.dist(output(), code) > 1
+    for _ in range(3000):
+        write(layer, memory.fitted(layer))
+    torch.testing.assert_close(output(), code, rtol=1e-4, atol=1e-4)
 
 
 def test_mu_grows_as_in_the_appendix():

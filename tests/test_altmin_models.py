@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from altmin_models import MODELS, Heaviside, LeNet, Sign, Threshold, images, sign_network
+from altmin_models import MODELS, Elman, Heaviside, LeNet, Sign, Threshold, images, perceptron, sign_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,9 +46,12 @@ def test_every_kind_of_network_trains(name):
 def test_every_kind_of_network_trains_with_memories(name):
     make, data = MODELS[name]
     model, batch = make(), data()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     result = hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True), epochs=40, optimizer=fast)
     losses = [entry["loss"] for entry in result.history]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    still = {n for n, p in model.named_parameters() if torch.dist(p.detach(), before[n]) < 1e-3}
+    assert still == ({"cell.bias_hh_l0"} if name == "elman" else set())  # the other bias takes the sum's moves
 
 
 @pytest.mark.parametrize("step", [Sign, Threshold, Heaviside])
@@ -150,6 +153,77 @@ def test_a_step_draws_the_random_numbers_of_one_forward(steps):
     torch.manual_seed(3)
     model(batch[0])
     assert torch.equal(after, torch.get_rng_state())
+
+
+class Late(nn.Module):
+    """A ReLU that is flat for all usual inputs."""
+
+    def forward(self, x):
+        return torch.relu(x - 6)
+
+
+class LateStep(nn.Module):
+    def forward(self, x):
+        return (x > 2).float()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("step", [nn.ReLU, Late, Sign, Threshold, Heaviside, LateStep])
+def test_signs_and_flat_parts_are_told_apart_on_any_draw_of_codes(step, rows):
+    for seed in range(15):
+        torch.manual_seed(seed)
+        data = torch.randn(rows, 6), torch.randint(0, 3, (rows,))
+        model = sign_network(6, 2, 2, 3, step)
+        _, method = prepared(model, data, code_lr=0.1)
+        assert method._links_of(data).steps == (set() if step in (nn.ReLU, Late) else {0}), seed
+
+
+def test_an_elman_network_of_relus_takes_a_last_batch_of_one():
+    for seed in range(15):
+        torch.manual_seed(seed)
+        model = Elman(last=True)
+        model.cell = nn.RNN(3, 5, batch_first=True, nonlinearity="relu")
+        data = [(torch.randn(rows, 4, 3), torch.randint(0, 3, (rows,))) for rows in (6, 1)]
+        assert len(hp.train(model, data, algorithm=AlternatingMinimization()).history) == 2
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_layers_with_random_numbers_of_their_own_draw_the_same_in_every_pass(hook):
+    first = nn.Linear(6, 9) if hook else Noisy(6, 9)
+    model = nn.Sequential(first, nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    if hook:
+        first.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
+    data = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    _, method = prepared(model, data, code_lr=1e-12)
+    sweep = method._sweep(data, 1.0)
+    sweep.encode()
+    with sweep.rest():
+        sweep.move()
+        run, _ = sweep.again({1, 2})  # as in the weight part, in which the first layer is skipped
+    torch.testing.assert_close(run.predictions[1], sweep.forward[1])
+
+
+def test_hooks_of_a_recurrent_layer_are_refused():
+    model = Elman()
+    model.cell.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ChainError, match="has forward hooks"):
+        prepared(model, (torch.randn(6, 4, 3), torch.randint(0, 3, (6,))))
+
+
+def test_memories_of_half_precision_layers_are_kept_in_single():
+    model = perceptron().bfloat16()
+    data = torch.randn(6, 6).bfloat16(), torch.randint(0, 3, (6,))
+    chain, method = prepared(model, data, memory=True)
+    before = model[0].weight.detach().clone()
+    method.step(chain, data, torch.optim.AdamW(model.parameters()))
+    assert {b.dtype for memory in method._memories.values() for b in memory.buffers()} == {torch.float32}
+    assert model[0].weight.dtype == torch.bfloat16
+    assert not torch.equal(model[0].weight, before)
 
 
 class Multiplied(nn.Module):
@@ -273,6 +347,42 @@ def test_what_no_memory_fits_is_refused_with_memories_only(name):
     with pytest.raises(ChainError, match=message):
         hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True))
     hp.train(model, [batch], algorithm=AlternatingMinimization())
+
+
+def test_tied_weights_have_no_memory():
+    model = perceptron(widths=(6, 6, 6, 3)).float()
+    model[2].weight = model[0].weight
+    batch = torch.randn(4, 6), torch.randint(0, 3, (4,))
+    with pytest.raises(ChainError, match="'0' shares weights with '2'"):
+        hp.train(model, [batch], algorithm=AlternatingMinimization(memory=True))
+    hp.train(model, [batch], algorithm=AlternatingMinimization())
+
+
+class Longer(nn.Module):
+    """Calls one layer only for large batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(h)) if len(x) > 4 else h)
+
+
+def test_a_layer_that_comes_without_a_memory_is_refused_before_anything_moves():
+    small, large = ((torch.randn(rows, 6), torch.randint(0, 3, (rows,))) for rows in (4, 5))
+    for memory in (False, True):
+        model = Longer()
+        chain, method = prepared(model, small, memory=memory)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters())
+        if memory:
+            with pytest.raises(ChainError, match="'b' has no memory"):
+                method.step(chain, large, optimizer)
+        else:
+            method.step(chain, large, optimizer)
+        assert memory == all(map(torch.equal, model.parameters(), before))
 
 
 class Packed(Gated):

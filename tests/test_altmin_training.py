@@ -55,6 +55,44 @@ def test_with_all_defaults_it_learns_the_digits_however_they_are_prepared(size, 
     assert min(found) > 0.85, found
 
 
+def eq4(sweep):
+    """Eq. 4 after the move of c_L minus before, a sum over samples, divided by mu."""
+    before = sweep.encode()
+    with sweep.rest():
+        sweep.move()
+        _, after = sweep.again(sweep.links.outputs)
+    top = max(sweep.links.coded)
+    return (after.detach() - before) * sweep.samples / sweep.mu + torch.dist(sweep.codes[top], sweep.forward[top]) ** 2
+
+
+LOSSES = {
+    "mu=.1": (0.1, 0),
+    "mu=.01": (0.01, 0),
+    "squares": (1.0, 1.0),
+    "squares, 10": (1.0, 10.0),
+    "squares, 100": (1.0, 100.0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_move_of_the_last_code_descends_whatever_the_losss_curvature(name):
+    """On every batch of a run at the default rate; and the loss falls."""
+    mu, scale = LOSSES[name]
+    (x, y), _ = (part.tensors for part in digits())
+    x, target = x / 4, torch.nn.functional.one_hot(y, 10) * scale if scale else y
+    data = list(zip(x[:512].split(64), target[:512].split(64), strict=True))
+    model = relu_network()
+    chain = hp.Chain.from_model(model, data[0], loss=nn.MSELoss() if scale else nn.CrossEntropyLoss())
+    method = AlternatingMinimization(mu=mu)
+    method.prepare(chain, data[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for batch in data * 12:
+        assert eq4(method._sweep(batch, mu)) < 0
+        losses.append(method.step(chain, batch, optimizer).item())
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
 CASES = {
     "adam": {},
     "growing": {"mu": Penalty(0.1, factor=1.5, every=4), "code_steps": 2},
@@ -140,6 +178,20 @@ def test_it_has_to_be_prepared_for_the_chain():
         method.step(chain, batch, torch.optim.AdamW(chain.parameters()))
 
 
+def test_a_state_is_loaded_after_prepare_and_into_the_same_layers():
+    batch = batches(1)[0]
+    chain = hp.Chain.from_model(perceptron().float(), batch)
+    method = AlternatingMinimization()
+    assert method.state_dict() == {"steps": 0, "gains": {}}
+    with pytest.raises(ValueError, match="call prepare"):
+        method.load_state_dict({"steps": 1, "gains": {}})
+    method.prepare(chain, batch)
+    with pytest.raises(ValueError, match="same model"):
+        method.load_state_dict({"steps": 1, "gains": {}})
+    method.load_state_dict(method.state_dict() | {"steps": 3})
+    assert method.state_dict()["steps"] == 3
+
+
 def test_autocast_around_a_step_is_refused():
     batch = batches(1)[0]
     chain = hp.Chain.from_model(perceptron().float(), batch)
@@ -166,6 +218,31 @@ def test_a_batch_that_is_not_finite_changes_nothing(memory):
     assert all(torch.equal(own["gains"][n], expected["gains"][n]) for n in own["gains"])
     for one, same in zip(method._memories.values(), other._memories.values(), strict=True):
         assert torch.equal(one.a, same.a)
+
+
+def everything(model, method):
+    buffers = [b for memory in method._memories.values() for b in memory.buffers()]
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers(), *buffers, *method._gains.values())]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_nothing_moves_where_a_loss_or_a_memory_overflows(value):
+    """The second input's square is beyond single precision, its loss is not."""
+    hidden = [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)]
+    for memory, model in ((False, nn.Sequential(*hidden)), (True, nn.Sequential(*hidden[:3], nn.Linear(4, 3)))):
+        good, bad = batches(2)
+        chain = hp.Chain.from_model(model, good, blocks=[""])
+        method = AlternatingMinimization(memory=memory)
+        method.prepare(chain, good)
+        optimizer = torch.optim.AdamW(model.parameters())
+        method.step(chain, good, optimizer)
+        before = everything(model, method)
+        bad[0][0] = value
+        if memory or value != value:
+            assert not torch.isfinite(method.step(chain, bad, optimizer))
+            assert all(map(torch.equal, everything(model, method), before))
+        assert torch.isfinite(method.step(chain, good, optimizer))
+        assert not any(map(torch.equal, list(model.parameters()), before))
 
 
 def test_batches_of_other_sizes_and_chains_of_blocks_are_taken():
@@ -220,6 +297,7 @@ def test_memory_and_time_are_probed(memory):
     weights = sum(p.nbytes for p in model.parameters())
     state = sum(p.nbytes for p in (model.f2.parameters() if memory else model.parameters()))
     assert memory == (kept > 0)
+    kept += sum(gain.nbytes for gain in method._gains.values())
     if memory:  # hidden layers have no state in the optimiser; whose step counters are 4 bytes each
         kept += nbytes(method.state_dict())
         assert peak.detail["base_bytes"] == weights + kept + 2 * state + 2 * 4 + batch[0].nbytes + batch[1].nbytes
@@ -241,6 +319,59 @@ def test_a_loss_that_is_a_sum_is_refused():
     loss = nn.CrossEntropyLoss(reduction="sum")
     with pytest.raises(ValueError, match="give a mean"):
         hp.train(perceptron().float(), batches(), algorithm=AlternatingMinimization(), loss=loss)
+
+
+def contrastive(out, y):
+    out = nn.functional.normalize(out)
+    return nn.functional.cross_entropy(out @ out.T * 20, torch.arange(len(out)))
+
+
+MEANS = {
+    "weighted": nn.CrossEntropyLoss(weight=torch.tensor([100.0, 1.0, 0.01])),
+    "padded": nn.CrossEntropyLoss(ignore_index=2),
+    "contrastive": contrastive,
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_of_any_kind_on_ordered_samples_is_taken(name):
+    """Its first half has other classes than its second."""
+    for rows in (8, 64):
+        x, y = torch.randn(rows, 6), torch.arange(rows) * 3 // rows
+        for data in ((x, y), (x.flip(0), y.flip(0))):
+            hp.train(perceptron().float(), [data], algorithm=AlternatingMinimization(), loss=MEANS[name])
+
+
+def test_samples_are_counted_where_the_batch_holds_other_tensors():
+    def compute(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], batch[2])
+
+    x, y = batches(1, rows=32)[0]
+    chain = hp.Chain.from_model(perceptron().float(), (x, y, torch.ones(3)), blocks=[""], compute_loss=compute)
+    method = AlternatingMinimization()
+    method.prepare(chain, (x, y, torch.ones(3)))
+    sweep = method._sweep((x, y, torch.ones(3)), 1.0)
+    sweep.encode()
+    assert sweep.samples == 32
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_samples_are_counted_in_sequences(first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.c = nn.RNN(3, 5, batch_first=first), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.c(self.cell(x)[1][0])
+
+    batch = torch.randn((6, 4, 3) if first else (4, 6, 3)), torch.randint(0, 3, (6,))
+    chain = hp.Chain.from_model(Net(), batch, blocks=[""])
+    method = AlternatingMinimization()
+    method.prepare(chain, batch)
+    sweep = method._sweep(batch, 1.0)
+    sweep.encode()
+    assert sweep.samples == 6
 
 
 def test_small_batches_and_models_of_one_batch_size_are_taken():

@@ -30,7 +30,7 @@ def coordinate_descent(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         The new weights, ``(M, D)``.
     """
     diagonal = a.diagonal()
-    silent = diagonal <= diagonal.max() * torch.finfo(a.dtype).eps
+    silent = diagonal <= torch.finfo(a.dtype).tiny  # descent does not depend on the columns' scales
     upper, rest = torch.triu(a), b - weight @ torch.tril(a, -1)
     upper[:, silent] = 0
     upper[silent, silent] = 1
@@ -40,7 +40,7 @@ def coordinate_descent(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Memory(nn.Module):
-    """The memories of one layer.
+    """The memories of one layer, in single precision at least.
 
     Args:
         layer: ``Linear``, ``Conv1d``, ``Conv2d``, ``RNN`` or ``RNNCell``.
@@ -58,11 +58,13 @@ class Memory(nn.Module):
         _check(layer, name)
         weight = _weight(layer)
         outputs, inputs = weight.shape
-        self.register_buffer("a", weight.new_zeros(inputs, inputs))
-        self.register_buffer("b", weight.new_zeros(outputs, inputs))
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("a", weight.new_zeros(inputs, inputs, dtype=kind))
+        self.register_buffer("b", weight.new_zeros(outputs, inputs, dtype=kind))
 
     def add(self, inputs: Tensor, codes: Tensor) -> None:
         """Remember rows ``(N, D)`` of inputs and ``(N, M)`` of codes (``updateMemory``)."""
+        inputs, codes = inputs.to(self.a.dtype), codes.to(self.a.dtype)
         self.a += inputs.T @ inputs
         self.b += codes.T @ inputs
 
@@ -71,9 +73,13 @@ class Memory(nn.Module):
         self.a *= decay
         self.b *= decay
 
-    def fit(self, layer: nn.Module) -> None:
-        """One sweep over the columns of the layer's weights."""
-        _write(layer, coordinate_descent(_weight(layer), self.a, self.b))
+    def fitted(self, layer: nn.Module) -> Tensor:
+        """The layer's weights and bias after one sweep over their columns, for :func:`write`."""
+        return coordinate_descent(_weight(layer).to(self.a.dtype), self.a, self.b)
+
+    def finite(self) -> bool:
+        """Whether all that is remembered is."""
+        return bool(torch.isfinite(self.a).all() and torch.isfinite(self.b).all())
 
 
 def rows(layer: nn.Module, arguments: tuple[Tensor, ...], code: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +128,8 @@ def _weight(layer: nn.Module) -> Tensor:
         return weight.clone() if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
 
 
-def _write(layer: nn.Module, weight: Tensor) -> None:
+def write(layer: nn.Module, weight: Tensor) -> None:
+    """Set a layer's weights and bias, ``(M, D)``."""
     with torch.no_grad():
         if isinstance(layer, RECURRENT):
             w_x, w_h, b_x, b_h = cell_weights(layer)

@@ -3,7 +3,9 @@
 Eq. 5 of "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables" is quadratic in the move d of a
 code wherever the activation is linear: ``|Delta - M d|^2 + |d|^2``. Along its slope the minimum is at the rate
 ``1 / (2 (1 + gain))`` with ``gain = |M d|^2 / |d|^2``. A step of more than twice that turns the layer above around,
-which a fixed rate comes to as soon as weights grow. The gains of one batch make the next one's rates.
+which a fixed rate comes to as soon as weights grow. The same rate is best for Eq. 4, ``loss / mu + |d|^2``, with half
+the loss's curvature along d for ``|M d|^2``, taken from its slopes before and after the move:
+``gain = (slope(c + d) - slope(c)) d / (2 mu |d|^2)``. The gains of one batch make the next one's rates.
 """
 
 from __future__ import annotations
@@ -27,27 +29,43 @@ def rate(gain: Tensor | float) -> Tensor | float:
 
 
 @torch.no_grad()
-def measured_gains(sweep: Sweep, run: CodePass, before: Mapping[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
-    """The gain after each layer's codes, over the batch and all calls of the layer.
-
-    A code that only the output layer reads has gain 0: the loss says itself how far it goes.
+def measured_gains(
+    sweep: Sweep, run: CodePass, loss: Tensor, before: Mapping[nn.Module, Tensor]
+) -> dict[nn.Module, Tensor]:
+    """The gain after each layer's codes, over the batch and all calls of the layer; at least 0.
 
     Args:
         sweep: whose codes have moved.
         run: a pass with the moved codes and all predictions.
+        loss: of that pass, with its graph, which is kept.
         before: the gains until now, kept where no code has moved.
     """
     links, found = sweep.links, dict(before)
     predicted = run.predictions | sweep.relaxed
+    bends = sweep.bends | _bends(sweep, loss)
     for layer, calls in links.calls.items():
-        moves = [torch.dist(sweep.codes[i], sweep.forward[i]) for i in calls]
+        move = _length([torch.dist(sweep.codes[i], sweep.forward[i]) for i in calls])
         read = {j for i in calls for j in links.children[i]} - links.outputs
-        if not read:
-            found[layer] = torch.zeros_like(moves[0])
-            continue
-        changes = [torch.dist(predicted[j], sweep.forward[j]) for j in sorted(read)]
-        gain = (_length(changes) / _length(moves)).square()
-        found[layer] = torch.where(torch.isfinite(gain), gain, before[layer])
+        gain = torch.zeros_like(move)
+        if read:
+            changes = [torch.dist(predicted[j], sweep.forward[j]) for j in sorted(read)]
+            gain = (_length(changes) / move).square()
+        for i in bends.keys() & set(calls):
+            gain = gain + bends[i] / move.square()
+        found[layer] = torch.where(torch.isfinite(gain / move), gain.clamp(min=0), before[layer])
+    return found
+
+
+def _bends(sweep: Sweep, loss: Tensor) -> dict[int, Tensor]:
+    """For each moved code that the loss is read from: half the change of the loss's slope along its move."""
+    if not sweep.leaves or not loss.requires_grad:
+        return {}
+    weight = loss.new_tensor(sweep.samples / sweep.mu)
+    slopes = torch.autograd.grad(loss, list(sweep.leaves.values()), weight, retain_graph=True, allow_unused=True)
+    found = {}
+    for i, slope in zip(sweep.leaves, slopes, strict=True):
+        change = -sweep.loss_slopes[i] if slope is None else slope - sweep.loss_slopes[i]
+        found[i] = (change * (sweep.codes[i] - sweep.forward[i])).sum() / 2
     return found
 
 

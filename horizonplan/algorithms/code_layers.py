@@ -54,6 +54,11 @@ def _check_recurrent(module: nn.Module, name: str) -> None:
             f"model: {name!r} ({type(module).__name__}) computes its time steps or weights in a way of its own; give a "
             "plain RNN or RNNCell."
         )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ChainError(
+            f"model: {name!r} ({type(module).__name__}) has forward hooks, which would not be called, since it is run "
+            "step by step; remove them."
+        )
 
 
 def cell_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

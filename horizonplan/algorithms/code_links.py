@@ -7,7 +7,7 @@ forward (the cell of an Elman network, unrolled in time) count as one, and may r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,8 @@ from horizonplan.algorithms.code_layers import LINEAR, NORMS
 from horizonplan.algorithms.code_pass import CodePass, Dice
 from horizonplan.chain import Chain, ChainError
 from horizonplan.chain.calls import handler, intercept, quiet, rng_devices
+
+SCALES = (1.0, 8.0, 64.0)  # of the random codes that the model is tried with: an activation may be flat near zero
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,18 @@ class _Search:
         self.chain, self.layers, self.batch = chain, layers, batch
         self.dice = Dice(rng_devices(chain.model))
         self.normed: set[int] = set()
+        self.generator = torch.Generator().manual_seed(0)  # torch's own is rewound before every run
 
     def links(self) -> Links:
         first = self._first()
         if not first.modules:
             raise ChainError("model: it calls no linear layer, so there is nothing to train; check its forward.")
         self.modules = first.modules
-        codes = [torch.randn_like(first.predictions[i]).requires_grad_() for i in range(len(self.modules))]
+        self.forward = [first.predictions[i].detach() for i in range(len(self.modules))]
+        codes = next(self._draws())
         handed, run, loss = self._run(codes)
         parents, flat = self._read(run, codes, loss)
-        steps = frozenset(i for i in flat if self._is_step(i, run, codes, parents))
+        steps = frozenset(i for i in flat if self._is_step(i, parents))
         outputs = frozenset(range(len(codes))) - set().union(*parents[:-1])
         self._check(parents, outputs)
         read = tuple(tuple(sorted(found)) for found in parents[:-1])
@@ -142,48 +146,79 @@ class _Search:
         assert loss is not None
         return handed, run, loss
 
+    def _draws(self) -> Iterator[list[Tensor]]:
+        """Codes to try the model with: random ones of several scales, each with its negative; the forward's own."""
+        for scale in SCALES:
+            made = [torch.randn(c.shape, generator=self.generator).to(c) * scale for c in self.forward]
+            yield [code.requires_grad_() for code in made]
+            yield [(-code).detach().requires_grad_() for code in made]
+        yield [code.clone().requires_grad_() for code in self.forward]
+
     def _read(self, run: CodePass, codes: list[Tensor], loss: Tensor) -> tuple[list[set[int]], list[int]]:
         """For each call, and last for the loss: the codes that it reads; and the codes without any derivative."""
-        parents: list[set[int]] = []
-        live: set[int] = set()
-        for read in (*(run.predictions[j] for j in range(len(codes))), loss):
-            slopes = _slopes(read, codes)
-            parents.append({i for i, slope in enumerate(slopes) if slope is not None})
-            live |= {i for i, slope in enumerate(slopes) if slope is not None and slope.count_nonzero()}
-        for i in set(range(len(codes))) - set().union(*parents):  # no graph leads there: look at values
+        parents, live = self._graph(run, codes, loss)
+        seen = set().union(*parents)
+        for other in self._draws():
+            if seen <= live:
+                break
+            _, again, value = self._run(other)
+            live |= self._graph(again, other, value)[1]
+        for i in set(range(len(codes))) - seen:  # no graph leads there: look at values
             for j in self._moved(i, run, codes, loss):
                 parents[j].add(i)
         return parents, sorted(set().union(*parents) - live)
 
-    def _moved(self, i: int, run: CodePass, codes: list[Tensor], loss: Tensor) -> list[int]:
-        """The calls that read other values, and -1 for another loss, when a code changes."""
-        changed = [torch.randn_like(code) if k == i else code for k, code in enumerate(codes)]
-        _, other, moved = self._run(changed)
-        pairs = zip(run.arguments, other.arguments, strict=True)
-        found = [j for j, (old, new) in enumerate(pairs) if not all(map(torch.equal, old, new))]
-        return found if torch.equal(loss, moved) else [*found, -1]
+    def _graph(self, run: CodePass, codes: list[Tensor], loss: Tensor) -> tuple[list[set[int]], set[int]]:
+        """What each call and the loss have a graph to, and the codes with a derivative somewhere."""
+        parents: list[set[int]] = []
+        live: set[int] = set()
+        for read in (*(run.predictions[j] for j in range(len(codes))), loss):
+            slopes = dict(enumerate(_slopes(read, codes)))
+            parents.append({i for i, slope in slopes.items() if slope is not None})
+            live |= {i for i, slope in slopes.items() if slope is not None and (slope.isfinite() & (slope != 0)).any()}
+        return parents, live
 
-    def _is_step(self, i: int, run: CodePass, codes: list[Tensor], parents: list[set[int]]) -> bool:
+    def _moved(self, i: int, run: CodePass, codes: list[Tensor], loss: Tensor) -> set[int]:
+        """The calls that read other values, and -1 for another loss, when a code changes."""
+        found: set[int] = set()
+        for draw in self._draws():
+            _, other, moved = self._run([draw[k] if k == i else code for k, code in enumerate(codes)])
+            pairs = zip(run.arguments, other.arguments, strict=True)
+            found |= {j for j, (old, new) in enumerate(pairs) if not all(map(torch.equal, old, new))}
+            found |= set() if torch.equal(loss, moved) else {-1}
+        return found
+
+    def _is_step(self, i: int, parents: list[set[int]]) -> bool:
         """Whether a code without a derivative is read element by element, by one layer that reads no other.
 
         Raises:
             ChainError: it is not, so that nothing tells how to move it.
         """
         children = [j for j, found in enumerate(parents) if i in found]
-        if len(children) == 1 and children[0] < len(codes) and parents[children[0]] == {i}:
-            (j,) = children
-            read = run.arguments[j]
-            if len(read) == 1 and read[0].numel() == codes[i].numel():
-                mask = torch.rand_like(codes[i]) < 0.5
-                mixed = [torch.where(mask, -code, code) if k == i else code for k, code in enumerate(codes)]
-                differs = (self._run(mixed)[1].arguments[j][0] != read[0]).reshape(codes[i].shape)
-                if differs.any() and not (differs & ~mask).any():
-                    return True
+        alone = len(children) == 1 and children[0] < len(self.forward) and parents[children[0]] == {i}
+        if alone and self._elementwise(i, children[0]):
+            return True
         raise ChainError(
             f"model: {self._name(i)} goes through a function without a derivative, and is then pooled, read by "
             "several layers or not used; alternating minimisation needs such a function element by element, right "
             "before one linear layer."
         )
+
+    def _elementwise(self, i: int, j: int) -> bool:
+        """Whether what call j reads changes where code i has been negated, and nowhere else."""
+        changed = False
+        for codes in self._draws():
+            read, count = self._run(codes)[1].arguments[j], codes[i].numel()
+            if len(read) != 1 or read[0].numel() != count:
+                return False
+            half = torch.randperm(count, generator=self.generator) < (count + 1) // 2  # never all of several
+            mask = half.reshape(codes[i].shape).to(codes[i].device)
+            mixed = [torch.where(mask, -code, code) if k == i else code for k, code in enumerate(codes)]
+            differs = (self._run(mixed)[1].arguments[j][0] != read[0]).reshape(mask.shape)
+            if (differs & ~mask).any():
+                return False
+            changed = changed or bool(differs.any())
+        return changed
 
     def _check(self, parents: list[set[int]], outputs: frozenset[int]) -> None:
         """See that it is a chain.

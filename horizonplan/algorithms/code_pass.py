@@ -86,7 +86,7 @@ class CodePass:
         self._last = last
         handlers = {m: handler(self._linear if isinstance(m, LINEAR) else self._recurrent, m) for m in self.layers}
         if self.normed:
-            handlers |= {m: handler(self._norm) for m in self.chain.model.modules() if isinstance(m, NORMS)}
+            handlers |= {m: handler(self._norm, m) for m in self.chain.model.modules() if isinstance(m, NORMS)}
         with self.chain.running(), intercept(handlers):
             try:
                 return self.chain.loss(batch)
@@ -108,19 +108,28 @@ class CodePass:
     def _linear(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Tensor:
         given = args[0] if args else kwargs["input"]
         number, (x,) = self._call(module, (given,))
-        made = original(x) if self._needs(number) else None
+        made = self._made(number, module, original, x)
         if number not in self.normed:
             return self._finish(number, made)
         raw = self.hand_on(number, None) if made is None else made  # of the same shape
         self._open = number, raw
         return raw
 
-    def _norm(self, original: Any, args: Any, kwargs: Any) -> Any:
+    def _made(self, number: int, module: nn.Module, original: Any, x: Tensor) -> Tensor | None:
+        """A call's output, where it is wanted; random numbers are drawn in any case."""
+        if self._needs(number):
+            return original(x)  # type: ignore[no-any-return]
+        if not _plain(module):
+            with torch.no_grad():
+                original(x)
+        return None
+
+    def _norm(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         if self._open is None or not args or args[0] is not self._open[1]:
             return original(*args, **kwargs)
         number, raw = self._open
         self._open = None
-        return self._finish(number, original(raw) if self._needs(number) else None)
+        return self._finish(number, self._made(number, module, original, raw))
 
     def _recurrent(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         x, h = (*args, *([kwargs["input"]] if "input" in kwargs else []), kwargs.get("hx"))[:2]
@@ -145,6 +154,12 @@ class CodePass:
         if number == self._last:
             raise _Done
         return self.hand_on(number, prediction)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a call does what torch's own module does, which draws no random numbers."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__module__.startswith("torch.nn.modules.") and not hooked
 
 
 def _start(module: nn.Module, x: Any, hidden: Any, name: str, dims: int) -> Tensor:

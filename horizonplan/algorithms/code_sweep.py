@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from horizonplan.algorithms.code_links import Links
 from horizonplan.algorithms.code_pass import CodePass, Dice
-from horizonplan.batch import target_of
-from horizonplan.chain import Chain
-from horizonplan.chain.calls import rng_devices, scratch_buffers
+from horizonplan.batch import batch_size, target_of, tensors
+from horizonplan.chain import Chain, ChainError
+from horizonplan.chain.calls import handler, intercept, rng_devices, scratch_buffers
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Sweep:
         forward: the codes' values in the forward.
         relaxed: for a layer after a sign, its prediction from the activation as it would have moved.
         unmoved: predictions of the encoding, with their graphs, that read no code.
+        loss_slopes: the slopes of the loss over mu in the codes it is read from, at their forward values.
+        leaves: those codes, moved, as later passes read them: to differentiate by.
+        samples: of the batch; the loss is taken for a mean over them.
+        bends: for such codes before a sign: half the change of that slope along the activation's move.
     """
 
     chain: Chain
@@ -54,6 +58,10 @@ class Sweep:
     forward: dict[int, Tensor] = field(default_factory=dict)
     relaxed: dict[int, Tensor] = field(default_factory=dict)
     unmoved: dict[int, Tensor] = field(default_factory=dict)
+    loss_slopes: dict[int, Tensor] = field(default_factory=dict)
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    bends: dict[int, Tensor] = field(default_factory=dict)
+    samples: int = 0
 
     def __post_init__(self) -> None:
         self.cards = rng_devices(self.chain.model) if self.chain.device.type == "cuda" else []
@@ -65,24 +73,24 @@ class Sweep:
         """The forward (Algorithm 2.2); running statistics move in it and nowhere else. Returns the loss, detached.
 
         Raises:
-            ChainError: other layers are called than when the links were found.
+            ChainError: other layers are called than when the links were found, or nothing tells how many samples
+                there are.
         """
         self._encoded = CodePass(self.chain, self.layers, self._leaf, None, self.links.normed, self._leaf_read)
-        with torch.enable_grad():
+        given: list[Tensor] = []
+
+        def look(original: Any, args: Any, kwargs: Any) -> Any:
+            given.extend(tensors([args, kwargs]))
+            return original(*args, **kwargs)
+
+        with torch.enable_grad(), intercept({self.chain.model: handler(look)}):
             loss = self._encoded.run(self.batch)
         assert loss is not None
+        self.samples = _samples(self.batch, given, self.layers)
         self.links.same(self._encoded.modules, self.layers)
         self._encoded.arguments.clear()
         self.loss = loss
         return loss.detach()
-
-    @property
-    def samples(self) -> int:
-        """Of the batch; the loss is taken for a mean over them."""
-        target = target_of(self.batch)
-        if isinstance(target, Tensor) and target.ndim:
-            return len(target)
-        return next((len(code) for code in self.codes.values()), 1)
 
     def move(self) -> None:
         """Algorithm 2.2's ``updateCodes``, from the last code to the first; each graph is freed when it is used."""
@@ -93,6 +101,7 @@ class Sweep:
         read = {i for j in self.links.outputs for i in self.links.parents[j]}
         self._pull(self.loss, self.loss.new_tensor(self.samples / self.mu), sorted(read))
         del self.loss
+        self.loss_slopes = dict(self._slopes)
         for i in reversed(self.links.coded):
             predicted = predictions.pop(i)
             moved = self.forward[i] = predicted.detach()
@@ -101,6 +110,8 @@ class Sweep:
                 if self.links.parents[i]:
                     self._pull(predicted, 2 * (self.forward[i] - moved), self.links.parents[i])
             self.codes[i] = moved
+            if i in self.loss_slopes and i not in self.links.steps:
+                self.leaves[i] = moved.detach().requires_grad_()
 
     @contextmanager
     def rest(self) -> Iterator[None]:
@@ -132,7 +143,7 @@ class Sweep:
             if i in self.links.outputs:
                 assert prediction is not None
                 return prediction
-            code = value if i == number and not step else self.codes[i]
+            code = value if i == number and not step else self.leaves.get(i, self.codes[i])
             assert code is not None
             return code.clone() if i in self.links.copied else code
 
@@ -187,6 +198,8 @@ class Sweep:
         (child,) = self.links.children[i]
         if child not in self.links.outputs:
             self.relaxed[child] = self.again({child}, child, (i, value))[0].predictions[child].detach()
+        else:
+            self.bends[i] = ((self._slope_at(i, value) - self.loss_slopes[i]) * (value - start)).sum() / 2
         return self.forward[i] + (value - start).reshape(self.forward[i].shape)
 
     def _slope_at(self, i: int, value: Tensor) -> Tensor:
@@ -204,3 +217,25 @@ class Sweep:
             cotangents.append(2 * (run.predictions[j].detach() - self.codes[j]))
         (slope,) = torch.autograd.grad(terms, [leaf], cotangents)
         return slope
+
+
+def _samples(batch: Any, given: list[Tensor], layers: Mapping[nn.Module, str]) -> int:
+    """The samples of a batch: what all its tensors share, or else the tensors that the model was given.
+
+    Raises:
+        ChainError: neither is one number.
+    """
+    shared = batch_size(batch)
+    if shared is not None:
+        return shared
+    target, inputs = target_of(batch), [t for t in given if t.ndim]
+    times = any(isinstance(m, nn.RNN) and not m.batch_first for m in layers)
+    if times and isinstance(target, Tensor) and target.ndim and all(t.shape[1:2] == target.shape[:1] for t in inputs):
+        return len(target)
+    sizes = {len(t) for t in inputs}
+    if len(sizes) != 1:
+        raise ChainError(
+            f"batch: its tensors share no first dimension, and the model is called with tensors of {sorted(sizes)} "
+            "samples; give the model inputs that all have the samples first."
+        )
+    return sizes.pop()
