@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import horizonplan as hp
 from horizonplan.algorithms import SimplexETF, etf, heads, input_effects, reconcile
+from horizonplan.models import ResidualMLP
 
 
 def linear_chain(depth=4, width=5):
@@ -151,7 +152,47 @@ def test_a_gradient_of_zero_is_in_no_direction():
     value = reconcile.distance(now, torch.tensor([[1.0, 2, 2], [0, 0, 0], [0, 0, 0]]), normalize=True)
     value.backward()
     torch.testing.assert_close(value, torch.tensor(2 / 9))  # a unit vector in two of three samples of three features
-    assert torch.isfinite(now.grad).all()
+    assert torch.equal(now.grad, torch.zeros_like(now))  # against zero, each row is as far in any direction
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-30])
+def test_the_size_of_a_gradient_does_not_matter_to_its_direction(size):
+    now = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for other in (1.0, size):
+        small = (now * size).float().requires_grad_()
+        value = reconcile.distance(small, (before * other).float(), normalize=True)
+        torch.testing.assert_close(value.double(), F.mse_loss(F.normalize(now), F.normalize(before)), rtol=1e-5, atol=0)
+        value.backward()
+        wanted = now.clone().requires_grad_()
+        F.mse_loss(F.normalize(wanted), F.normalize(before)).backward()
+        torch.testing.assert_close(small.grad.double() * size, wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_distance_of_nearly_parallel_gradients_keeps_its_digits():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(64, 512, dtype=torch.float64, generator=generator)
+    now = before + 1e-4 * torch.randn(64, 512, dtype=torch.float64, generator=generator)
+    wanted = F.mse_loss(F.normalize(now), F.normalize(before))
+    found = reconcile.distance(now.float(), before.float(), normalize=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
+    assert all(
+        reconcile.distance(before.float(), times * before.float(), normalize=True) >= 0 for times in range(1, 20)
+    )
+
+
+@pytest.mark.parametrize("heads", ["light", "etf"])
+def test_a_final_layer_that_starts_at_zero_gets_its_losss_gradient(heads):
+    """Its first gradient is in no direction, so the regulariser adds nothing to it."""
+    torch.manual_seed(0)
+    model, batch = ResidualMLP(20, 16, 4, depth=4), (torch.randn(8, 20), torch.arange(8) % 4)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    chain = hp.Chain.from_model(model, batch)
+    method, _ = prepared(chain, batch, 2, heads=heads)
+    method.backward(chain, batch)
+    wanted = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), [model.head.weight])
+    torch.testing.assert_close(model.head.weight.grad, *wanted)
 
 
 def test_the_effect_of_earlier_updates_on_each_module():
