@@ -147,6 +147,40 @@ def test_the_formulas_gradient_is_autograds(name, weight):
     torch.testing.assert_close(torch.stack(method.local_losses), torch.stack(other.local_losses))
 
 
+def test_a_frames_precision_is_the_models():
+    chain, batch = built("mlp")
+    _, (frame,) = prepared(chain, batch, 2, heads="etf")
+    assert frame.weight.dtype == torch.float64
+    wanted = (4 * torch.eye(4, dtype=torch.float64) - 1) / 3
+    torch.testing.assert_close(frame.weight @ frame.weight.T, wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_frames_are_refused_where_the_models_loss_is_another(zero):
+    """At a final layer of zeros, smoothing of the labels does not show in the loss itself."""
+    torch.manual_seed(0)
+    model, batch = ResidualMLP(20, 16, 4, depth=4), (torch.randn(8, 20), torch.arange(8) % 4)
+    if zero:
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+    chain = hp.Chain.from_model(model, batch, loss=nn.CrossEntropyLoss(label_smoothing=0.3))
+    with pytest.raises(ValueError, match="heads='etf': a frame's loss is the cross-entropy"):
+        prepared(chain, batch, 2, heads="etf")
+    with pytest.raises(ValueError, match="loss: frames have a loss of their own"):
+        prepared(chain, batch, 2, heads=heads.fixed, loss=F.cross_entropy)
+    chain = hp.Chain.from_model(ResidualMLP(20, 16, 4, depth=4), (batch[0], torch.randn(8, 4)))
+    with pytest.raises(ValueError, match=r"heads='etf': the frame classifies, and got targets \(8, 4\)"):
+        prepared(chain, (batch[0], torch.randn(8, 4)), 2, heads="etf")
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_frames_loss_is_the_same_trained_and_measured(weight):
+    chain, batch = built("mlp")
+    method, _ = prepared(chain, batch, 3, heads="etf", weight=weight)
+    method.backward(chain, batch)
+    assert [loss.item() for loss in method.local_losses] == method.losses_on(chain, batch)
+
+
 def test_a_gradient_of_zero_is_in_no_direction():
     now = torch.tensor([[0.0, 0, 0], [3.0, 0, 0], [0, 0, 0]], requires_grad=True)
     value = reconcile.distance(now, torch.tensor([[1.0, 2, 2], [0, 0, 0], [0, 0, 0]]), normalize=True)

@@ -116,6 +116,29 @@ def test_it_trains_under_autocast(model, precision):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_frames_train_under_autocast(weight, precision):
+    """The first module's loss, which only its frame lowers, falls."""
+    method = SGR(2, heads="etf", weight=weight)
+    watched = []
+
+    class Look(hp.Callback):
+        def on_step_end(self, run, *_):
+            watched.append(method.local_losses[0].item())
+
+    hp.train(cnn(), images(1), algorithm=method, epochs=20, precision=precision, optimizer=fast, callbacks=[Look()])
+    assert watched[-1] < 0.8 * watched[0]
+
+
+def test_heads_have_the_models_type_under_autocast():
+    batch = images(1)[0]
+    chain = hp.Chain.from_model(cnn(), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = SGR(2).prepare(chain, batch)
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+
+
 def test_greedy_training_goes_from_module_to_module():
     model = cnn()
     seen = {}

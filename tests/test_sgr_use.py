@@ -66,12 +66,14 @@ def test_local_losses_need_not_be_supervised():
 
 def test_a_model_that_computes_its_own_loss_is_not_second_guessed():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(n_layer=3, n_embd=20, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
     model, ids = transformers.GPT2LMHeadModel(config).train(), torch.randint(0, 20, (2, 8))
     batch = {"input_ids": ids, "labels": ids}
     chain = hp.Chain.from_model(model, batch)
     with pytest.raises(ValueError, match=r"loss: the model's is .* give the local losses' function"):
         prepared(chain, batch, 2)
+    with pytest.raises(ValueError, match="heads='etf': a frame's loss is the cross-entropy with the batch's target"):
+        prepared(chain, batch, 2, heads="etf")
 
     def next_token(scores, labels):
         return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

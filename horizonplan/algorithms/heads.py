@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from horizonplan.algorithms.etf import SimplexETF
@@ -124,6 +125,7 @@ def mlp_sr(place: Place) -> nn.Module:
 
 
 def fixed(place: Place) -> nn.Module:
-    """A simplex equiangular tight frame."""
+    """A simplex equiangular tight frame, of single precision at least."""
     features = place.state[0].numel() if place.state.ndim == 4 else place.channels
-    return SimplexETF(features, place.classes, place.everywhere)
+    half = place.state.dtype in (torch.float16, torch.bfloat16)
+    return SimplexETF(features, place.classes, place.everywhere, torch.float32 if half else place.state.dtype)

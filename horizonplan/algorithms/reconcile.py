@@ -11,10 +11,10 @@ Scale = float | Tensor
 def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -> Tensor:
     """The regulariser ("Towards Interpretable Deep Local Learning with Successive Gradient Reconciliation").
 
-    Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero, and has no slope),
-    then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the squared norm of the
-    difference, for each sample, then the mean over samples. What is given is the gradient of a mean over the batch, so
-    a sample's own is B times its rows: the sum of all squares is taken B times.
+    Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero,
+    and has no slope), then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the
+    squared norm of the difference, for each sample, then the mean over samples. What is given is the gradient of a mean
+    over the batch, so a sample's own is B times its rows: the sum of all squares is taken B times.
 
     Both are means over samples, so that the gradient on a batch is the mean of those on its parts, as for any loss.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from horizonplan.algorithms.base import GradientMethod
-from horizonplan.algorithms.etf import SimplexETF
+from horizonplan.algorithms.etf import SimplexETF, classification
 from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, light, mlp_sr
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_step import LocalStep
@@ -25,7 +25,7 @@ from horizonplan.algorithms.modules import Modules
 from horizonplan.algorithms.naming import in_words
 from horizonplan.algorithms.partition import SPLITS, bounds_of
 from horizonplan.algorithms.trial import Trial, trial
-from horizonplan.batch import LossFunction, output_tensor
+from horizonplan.batch import LossFunction, output_tensor, target_of
 from horizonplan.chain import Chain, ChainError
 
 HEADS: dict[str, Factory] = {
@@ -105,13 +105,16 @@ class SGR(GradientMethod):
         if self.heads != OWN:
             for k in range(self.modules - 1):
                 if self.only in (None, k):
-                    made[k] = self._head(k, found, bounds, batch)
+                    made[k] = self._head(chain, k, found, bounds, batch)
         second_order = self.weight > 0 and self.modules > 1
         self.local_losses, self.terms = (), ()
         self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only)
-        if self.loss is None and any(head is not None and not isinstance(head, SimplexETF) for head in made):
-            self._see_loss(found, batch)
         kept = [head for head in made if head is not None]
+        frames = [isinstance(head, SimplexETF) for head in kept]
+        if any(frames):
+            self._see_frames(found, batch)
+        if self.loss is None and not all(frames):
+            self._see_loss(found, batch)
         return nn.ModuleList(kept) if kept else None
 
     @property
@@ -182,7 +185,7 @@ class SGR(GradientMethod):
             )
         return self._ready
 
-    def _head(self, k: int, found: Trial, bounds: tuple[int, ...], batch: Any) -> nn.Module:
+    def _head(self, chain: Chain, k: int, found: Trial, bounds: tuple[int, ...], batch: Any) -> nn.Module:
         if found.output is None:
             raise ValueError(f"heads={in_words(self.heads)}: the model was not called for the loss; give heads='own'.")
         state = found.states[bounds[k + 1] - 1]
@@ -190,7 +193,9 @@ class SGR(GradientMethod):
         head = factory(Place(k, self.modules, state, found.output, batch))
         if not isinstance(head, nn.Module):
             raise ValueError(f"heads: {in_words(factory)} made a {type(head).__name__}; let it return a module.")
-        return head.to(state.device, state.dtype)
+        if isinstance(head, SimplexETF):
+            return head.to(state.device)
+        return head.to(state.device, next((p.dtype for p in chain.parameters() if p.is_floating_point()), state.dtype))
 
     def _see_loss(self, found: Trial, batch: Any) -> None:
         """A model may compute its loss inside, in a way that its output does not tell."""
@@ -202,6 +207,27 @@ class SGR(GradientMethod):
                 f"loss: the model's is {found.loss.item():.6g}, but {measured.item():.6g} when taken from its output; "
                 "give the local losses' function, loss=, or heads='own'."
             )
+
+    def _see_frames(self, found: Trial, batch: Any) -> None:
+        """A frame's gradient is that of the cross-entropy, which has to be the model's loss too."""
+        assert self._ready is not None
+        if self.loss is not None:
+            raise ValueError("loss: frames have a loss of their own; leave it out, or take other heads.")
+        with torch.no_grad():
+            output, target = output_tensor(found.result), target_of(batch)
+            tilted = output + torch.arange(output.numel(), device=output.device).sin().view_as(output).to(output.dtype)
+            pairs = [(classification(output, target), found.loss)]
+            try:
+                pairs.append((classification(tilted, target), self._ready.measure(tilted, batch)))
+            except ValueError as error:
+                if not isinstance(error.__cause__, AttributeError):  # the loss reads more than the output
+                    raise
+        for own, model in pairs:
+            if not torch.allclose(own.double(), model.double(), rtol=LOSS_TOLERANCE, equal_nan=True):
+                raise ValueError(
+                    f"heads='etf': a frame's loss is the cross-entropy with the batch's target, {own.item():.6g} at "
+                    f"the model's output, where the model's is {model.item():.6g}; take other heads."
+                )
 
     def _check(self) -> None:
         if not _whole(self.modules, 1):
