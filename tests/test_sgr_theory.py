@@ -253,3 +253,28 @@ def test_the_effect_of_earlier_updates_on_each_module():
     assert all(abs(effect) > 1e-6 for effect in found)
     wanted = {n: v + 0.1 * (n in ("blocks.0.linear.weight", "blocks.5.linear.weight")) for n, v in buffers.items()}
     assert all(torch.equal(v, wanted[n]) for n, v in chain.model.state_dict().items())
+
+
+def test_running_statistics_of_a_module_are_no_effect_of_those_before_it():
+    """Module 1 of a network in evaluation sees other statistics; its input is the same."""
+    chain, batch = built("cnn")
+    method, _ = prepared(chain, batch, 2, split=[3])
+    chain.model.eval()
+
+    def update():
+        for block in list(chain.blocks)[3:]:
+            for buffer in block.buffers():
+                buffer.add_(1)
+
+    before = method.losses_on(chain, batch)
+    assert input_effects(method, chain, batch, update) == [0]
+    assert method.losses_on(chain, batch)[1] != before[1]
+
+
+def test_the_effect_on_modules_that_share_a_weight_is_refused():
+    chain, batch = built("mlp")
+    chain.blocks[5].linear.weight = chain.blocks[0].linear.weight
+    chain = hp.Chain.from_model(chain.model, batch)
+    method, _ = prepared(chain, batch, 2, split="blocks")
+    with pytest.raises(ValueError, match="modules share parameters"):
+        input_effects(method, chain, batch, lambda: None)
