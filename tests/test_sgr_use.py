@@ -40,7 +40,7 @@ def test_modules_can_be_cut_by_blocks_by_resolution_or_by_hand():
     with pytest.raises(ValueError, match="modules=2: the states have 3 resolutions"):
         prepared(chain, batch, 2, split="resolution")
     with pytest.raises(ValueError, match=r"give 1 growing numbers of blocks in 1\.\.5"):
-        prepared(chain, batch, 2, split=[0])
+        prepared(chain, batch, 2, split=[6])
     with pytest.raises(ValueError, match="modules=7: give a whole number between 1 and 6"):
         prepared(chain, batch, 7)
 
@@ -118,6 +118,14 @@ def test_an_operator_without_a_second_derivative_is_named():
         ({"modules": 2, "heads": "big"}, "heads='big'"),
         ({"modules": 2, "heads": 3}, "heads=3"),
         ({"modules": 2, "split": "even"}, "split='even'"),
+        ({"modules": 2, "split": [1.5]}, r"split=\[1.5\]"),
+        ({"modules": 2, "split": 3}, "split=3"),
+        ({"modules": 2, "split": ("a",)}, "split="),
+        ({"modules": 2, "loss": "mse"}, "loss='mse'"),
+        ({"modules": 2, "loss": nn.MSELoss}, "loss=MSELoss"),
+        ({"modules": 2, "normalize": "no"}, "normalize='no'"),
+        ({"modules": 2, "weight": True}, "weight=True"),
+        ({"modules": 2, "heads": nn.Linear(2, 2)}, "heads=Linear"),
         ({"modules": 2, "only": 2, "weight": 0}, "only=2"),
         ({"modules": 2, "only": 1}, "only=1"),
         ({"modules": 2, "heads": "etf", "loss": F.mse_loss}, "loss: heads='etf'"),
@@ -126,6 +134,48 @@ def test_an_operator_without_a_second_derivative_is_named():
 def test_bad_settings_are_named(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         SGR(**settings)
+
+
+def test_a_head_may_overwrite_its_input():
+    chain, batch = built("mlp")
+    made = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        method, auxiliary = prepared(
+            chain, batch, 3, heads=lambda p, i=inplace: nn.Sequential(nn.ReLU(inplace=i), nn.Linear(8, 4))
+        )
+        made.append(list(own(method, chain, auxiliary, batch).values()))
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("heads", ["light", "conv", "dgl", "infopro", "etf", "own"])
+def test_a_batch_of_one_trains(heads):
+    chain, batch = built("cnn")
+    method, auxiliary = prepared(chain, batch, 2, heads=heads, split=[3])
+    found = own(method, chain, auxiliary, (batch[0][:1], batch[1][:1]))
+    assert len(found) > 8
+    assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_a_balanced_split_is_taken_over_from_a_checkpoint():
+    chain, batch = built("mlp")
+    method, _ = prepared(chain, batch, 2)
+    assert method.bounds == (0, 5, 6)
+    method.load_state_dict({"bounds": [0, 4, 6]})
+    assert method.bounds == (0, 4, 6)
+    with pytest.raises(ValueError, match="split: modules began"):
+        method.load_state_dict({"bounds": [0, 4, 7]})
+    method, _ = prepared(chain, batch, 2, split=[2])
+    with pytest.raises(ValueError, match=r"split: modules began at \[0, 5, 6\] and do at \[0, 2, 6\]"):
+        method.load_state_dict({"bounds": [0, 5, 6]})
+
+
+def test_settings_are_told_alike_in_every_process():
+    class Loss:
+        def __call__(self, output, target):
+            return F.cross_entropy(output, target)
+
+    assert repr(SGR(2, loss=Loss())) == repr(SGR(2, loss=Loss()))
 
 
 def test_it_has_to_be_prepared_for_the_chain():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from horizonplan.algorithms.etf import SimplexETF
 
@@ -72,6 +73,25 @@ class _Mean(nn.Module):
         return x.mean(1)
 
 
+class _Norm1d(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return _by_running(self, x) if _alone(x) else super().forward(x)
+
+
+class _Norm2d(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return _by_running(self, x) if _alone(x) else super().forward(x)
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether a channel has one value, which has no variance (the last batch of an epoch may be of one sample)."""
+    return x.numel() == x.shape[1]
+
+
+def _by_running(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
 def light(place: Place) -> nn.Module:
     """Little work: linear for vectors, norm and linear for sequences, pooling, 1x1 convolution and linear for images.
 
@@ -88,7 +108,7 @@ def light(place: Place) -> nn.Module:
         return nn.Sequential(nn.LayerNorm(width), *middle, nn.Linear(width, place.classes))
     if state.ndim == 4 and output.ndim == 2:
         side = min(POOLED, *state.shape[2:])
-        narrow = [nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        narrow = [nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1, bias=False), _Norm2d(width), nn.ReLU()]
         return nn.Sequential(*narrow, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, place.classes))
     raise ValueError(
         f"heads='light': none for a state of shape {tuple(state.shape)} and an output of shape {tuple(output.shape)}; "
@@ -105,7 +125,7 @@ def convolutional(place: Place) -> nn.Module:
         return light(place)
     place.image("conv")
     width = place.channels
-    layers = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers = [nn.Conv2d(width, width, 3, padding=1, bias=False), _Norm2d(width), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, place.classes))
 
 
@@ -117,10 +137,10 @@ def mlp_sr(place: Place) -> nn.Module:
     side, width = math.ceil(place.image("dgl") / 4), place.channels
     layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(side)]
     for _ in range(3):
-        layers += [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 1, bias=False), _Norm2d(width), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     for _ in range(2):
-        layers += [nn.Linear(4 * width, 4 * width, bias=False), nn.BatchNorm1d(4 * width), nn.ReLU()]
+        layers += [nn.Linear(4 * width, 4 * width, bias=False), _Norm1d(4 * width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(4 * width, place.classes))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class SGR(GradientMethod):
     def __post_init__(self) -> None:
         self._check()
         self._ready: Modules | None = None
+        self._shapes: list[torch.Size] = []  # of each block's output, without the batch
         self.local_losses: tuple[Tensor, ...] = ()
         self.terms: tuple[Tensor, ...] = ()
 
@@ -108,7 +109,8 @@ class SGR(GradientMethod):
                     made[k] = self._head(chain, k, found, bounds, batch)
         second_order = self.weight > 0 and self.modules > 1
         self.local_losses, self.terms = (), ()
-        self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only)
+        self._shapes = [state.shape[1:] for state in found.states]
+        self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only, not isinstance(self.heads, str))
         kept = [head for head in made if head is not None]
         frames = [isinstance(head, SimplexETF) for head in kept]
         if any(frames):
@@ -164,13 +166,23 @@ class SGR(GradientMethod):
         return {"bounds": list(self.bounds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See that the chain is cut as it was.
+        """Cut the chain as it was; a split balanced in memory depends on the size of the batch it was found with.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the heads are not made for states there, or another split was asked for.
         """
-        if tuple(state.get("bounds", ())) != self.bounds:
-            raise ValueError(f"split: modules began at {state.get('bounds')} and do at {self.bounds} now; give split=.")
+        then, now = tuple(state.get("bounds", ())), self.bounds
+        if then == now:
+            return
+        fits = (len(then), then[-1:]) == (len(now), now[-1:]) and all(
+            self._shapes[a - 1] == self._shapes[b - 1] for a, b in zip(then, now, strict=True)
+        )
+        if self.split != "memory" or not fits:
+            raise ValueError(
+                f"split: modules began at {list(then)} and do at {list(now)} now; resume with the model and a first "
+                "batch of the size that the run began with."
+            )
+        self._ready = replace(self.parts(), bounds=then)
 
     def parts(self, chain: Chain | None = None) -> Modules:
         """The modules and their heads.
@@ -235,17 +247,22 @@ class SGR(GradientMethod):
     def _check(self) -> None:
         if not _whole(self.modules, 1):
             raise ValueError(f"modules={self.modules!r}: give a whole number >= 1.")
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight!r}: give a number >= 0.")
-        named = isinstance(self.heads, str)
-        if (named and self.heads not in (*HEADS, OWN)) or not (named or callable(self.heads)):
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize={self.normalize!r}: give True or False.")
+        named, ready = isinstance(self.heads, str), isinstance(self.heads, nn.Module)
+        if (named and self.heads not in (*HEADS, OWN)) or ready or not (named or callable(self.heads)):
             raise ValueError(f"heads={self.heads!r}: give {', '.join(map(repr, (*HEADS, OWN)))}, or a function.")
-        if isinstance(self.split, str) and self.split not in SPLITS:
+        listed = isinstance(self.split, list | tuple) and all(_whole(block, 1) for block in self.split)
+        if not listed and self.split not in SPLITS:
             raise ValueError(f"split={self.split!r}: give {', '.join(map(repr, SPLITS))}, or a list of first blocks.")
         if self.only is not None and not (_whole(self.only, 0) and self.only < self.modules):
             raise ValueError(f"only={self.only!r}: give a module from 0 to {self.modules - 1}, or None.")
         if self.only is not None and self.weight:
             raise ValueError(f"only={self.only}: one module has none to agree with; set weight=0.")
+        if isinstance(self.loss, type) or not (self.loss is None or callable(self.loss)):
+            raise ValueError(f"loss={in_words(self.loss)}: give a function (head's output, target) -> scalar, or None.")
         if self.loss is not None and self.heads in ("etf", OWN):
             raise ValueError(f"loss: heads={self.heads!r} have a loss of their own; leave it out, or take other heads.")
 
