@@ -199,3 +199,42 @@ def test_a_chain_built_by_hand_trains_what_its_head_reads():
     method, auxiliary = prepared(chain, batch, 3)
     method.backward(chain, batch)
     assert all(p.grad is not None for p in (*readout.parameters(), *chain.parameters(), *auxiliary.parameters()))
+
+
+class Channels(nn.Module):
+    """A network of 3 blocks between two functions that turn the axes."""
+
+    def __init__(self, stem, block, turn, mean):
+        super().__init__()
+        self.stem, self.turn, self.mean = stem, turn, mean
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.turn(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(self.mean))
+
+
+def attention():
+    return nn.TransformerEncoderLayer(24, 2, 8, dropout=0.0)
+
+
+ORDERS = {
+    "signal": ((nn.Conv1d, 2, 24, 1), lambda: nn.Conv1d(24, 24, 1), lambda x: x, 2, (4, 2, 50), "on the second axis"),
+    "channels last": ((nn.Linear, 3, 24), lambda: nn.Linear(24, 24), lambda x: x, (1, 2), (4, 8, 8, 3), "on the last"),
+    "positions first": ((nn.Linear, 3, 24), attention, lambda x: x.transpose(0, 1), 0, (4, 9, 3), "not have the 4"),
+    "as many": ((nn.Linear, 3, 24), attention, lambda x: x.transpose(0, 1), 0, (4, 4, 3), "may have positions first"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_states_whose_axes_are_in_another_order_are_refused(name):
+    (kind, *sizes), block, turn, mean, shape, complaint = ORDERS[name]
+    model = Channels(kind(*sizes), block, turn, mean)
+    batch = (torch.randn(shape), torch.arange(4) % 3)
+    chain = hp.Chain.from_model(model, batch)
+    with pytest.raises(ValueError, match=f"heads='light': .* {complaint}"):
+        prepared(chain, batch, 2, split=[1])
+    assert prepared(chain, batch, 2, split=[1], heads=lambda place: nn.Linear(2, 3))

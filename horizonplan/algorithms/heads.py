@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from horizonplan.algorithms.etf import SimplexETF
 
+CHANNELS_SECOND = ("out_channels", "num_features", "num_channels")  # convolutions, BatchNorm, GroupNorm
+CHANNELS_LAST = ("out_features", "normalized_shape")  # linear layers, LayerNorm, RMSNorm
 POOLED = 4  # positions a side that the light head for images looks at
 
 
@@ -64,6 +66,46 @@ class Place:
 
 
 Factory = Callable[[Place], nn.Module]
+
+
+def refuse_other_axes(place: Place, block: nn.Module, name: str) -> None:
+    """See that a state is ``(B, C)``, ``(B, N, D)`` or ``(B, C, H, W)``, by the layers of the block it comes from.
+
+    Other orders have as many axes, so that a head would take positions, or samples, for features. Blocks that tell
+    nothing are let pass.
+
+    Args:
+        place: where the head is to stand.
+        block: the last block before it.
+        name: the setting of the heads.
+
+    Raises:
+        ValueError: the block's layers have their features on another axis, or samples may be on another one.
+    """
+    state, layers = place.state, list(block.modules())
+    what = f"heads={name!r}: x({place.module + 1}) of module {place.module}, of shape {tuple(state.shape)}, "
+    remedy = "; give heads='own', or a function from a Place to a module."
+    if state.shape[0] != place.output.shape[0]:
+        raise ValueError(f"{what}does not have the {place.output.shape[0]} samples of the output first{remedy}")
+    if state.ndim == 3 and state.shape[0] == state.shape[1] and any(_positions_first(m) for m in layers):
+        raise ValueError(f"{what}may have positions first{remedy[:-1]}, or a batch of another size.")
+    if state.ndim < 3 or (name == "etf" and state.ndim > 3):  # a flattened image has its features in any order
+        return
+    second = any(_width(m, CHANNELS_SECOND) == state.shape[1] for m in layers)
+    last = any(_width(m, CHANNELS_LAST) == state.shape[-1] for m in layers)
+    if (last and not second) if state.ndim > 3 else (second and not last):
+        axis = "last" if state.ndim > 3 else "second"
+        raise ValueError(f"{what}has its features on the {axis} axis, by the block's layers{remedy}")
+
+
+def _positions_first(layer: nn.Module) -> bool:
+    return getattr(layer, "batch_first", True) is False
+
+
+def _width(layer: nn.Module, names: tuple[str, ...]) -> int | None:
+    """Features of a layer's output, under the first of these names that it has."""
+    found = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+    return found[-1] if isinstance(found, tuple) else found
 
 
 class _Mean(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from horizonplan.algorithms.base import GradientMethod
 from horizonplan.algorithms.etf import SimplexETF, classification
-from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, light, mlp_sr
+from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, light, mlp_sr, refuse_other_axes
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_step import LocalStep
 from horizonplan.algorithms.modules import Modules
@@ -202,7 +202,10 @@ class SGR(GradientMethod):
             raise ValueError(f"heads={in_words(self.heads)}: the model was not called for the loss; give heads='own'.")
         state = found.states[bounds[k + 1] - 1]
         factory = HEADS[self.heads] if isinstance(self.heads, str) else self.heads
-        head = factory(Place(k, self.modules, state, found.output, batch))
+        place = Place(k, self.modules, state, found.output, batch)
+        if isinstance(self.heads, str):
+            refuse_other_axes(place, chain.blocks[bounds[k + 1] - 1], self.heads)
+        head = factory(place)
         if not isinstance(head, nn.Module):
             raise ValueError(f"heads: {in_words(factory)} made a {type(head).__name__}; let it return a module.")
         if isinstance(head, SimplexETF):
