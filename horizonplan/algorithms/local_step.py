@@ -204,6 +204,7 @@ class LocalStep:
             if self.first:
                 refuse_once(now)
             term = distance(now, self.delta, self.normalize, self.inner)
+            self.delta = None  # of no use any more
             self.terms.append(term.detach())
             if wanted:
                 push = self.weight * self.scale * torch.ones_like(term)

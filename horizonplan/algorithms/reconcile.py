@@ -68,9 +68,9 @@ def _unit(rows: Tensor) -> Tensor:
     """
     top = rows.detach().abs().amax(1, keepdim=True)
     some = top > 0
-    scaled = torch.where(some, rows, 0) / torch.where(some, top, 1)
-    norm = torch.linalg.vector_norm(torch.where(some, scaled, 1), dim=1, keepdim=True)
-    return torch.where(some, scaled / norm, 0)
+    scaled = rows / torch.where(some, top, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled * torch.where(some, 1 / torch.where(some, norm, 1), 0)
 
 
 def _wide(gradient: Tensor) -> Tensor:
