@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import horizonplan as hp
 from horizonplan.algorithms import SimplexETF, etf, heads, input_effects, reconcile
+from horizonplan.models import ResidualMLP
 
 
 def linear_chain(depth=4, width=5):
@@ -146,12 +147,86 @@ def test_the_formulas_gradient_is_autograds(name, weight):
     torch.testing.assert_close(torch.stack(method.local_losses), torch.stack(other.local_losses))
 
 
+def test_a_frames_precision_is_the_models():
+    chain, batch = built("mlp")
+    _, (frame,) = prepared(chain, batch, 2, heads="etf")
+    assert frame.weight.dtype == torch.float64
+    wanted = (4 * torch.eye(4, dtype=torch.float64) - 1) / 3
+    torch.testing.assert_close(frame.weight @ frame.weight.T, wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_frames_are_refused_where_the_models_loss_is_another(zero):
+    """At a final layer of zeros, smoothing of the labels does not show in the loss itself."""
+    torch.manual_seed(0)
+    model, batch = ResidualMLP(20, 16, 4, depth=4), (torch.randn(8, 20), torch.arange(8) % 4)
+    if zero:
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+    chain = hp.Chain.from_model(model, batch, loss=nn.CrossEntropyLoss(label_smoothing=0.3))
+    with pytest.raises(ValueError, match="heads='etf': a frame's loss is the cross-entropy"):
+        prepared(chain, batch, 2, heads="etf")
+    with pytest.raises(ValueError, match="loss: frames have a loss of their own"):
+        prepared(chain, batch, 2, heads=heads.fixed, loss=F.cross_entropy)
+    chain = hp.Chain.from_model(ResidualMLP(20, 16, 4, depth=4), (batch[0], torch.randn(8, 4)))
+    with pytest.raises(ValueError, match=r"heads='etf': the frame classifies, and got targets \(8, 4\)"):
+        prepared(chain, (batch[0], torch.randn(8, 4)), 2, heads="etf")
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_frames_loss_is_the_same_trained_and_measured(weight):
+    chain, batch = built("mlp")
+    method, _ = prepared(chain, batch, 3, heads="etf", weight=weight)
+    method.backward(chain, batch)
+    assert [loss.item() for loss in method.local_losses] == method.losses_on(chain, batch)
+
+
 def test_a_gradient_of_zero_is_in_no_direction():
     now = torch.tensor([[0.0, 0, 0], [3.0, 0, 0], [0, 0, 0]], requires_grad=True)
     value = reconcile.distance(now, torch.tensor([[1.0, 2, 2], [0, 0, 0], [0, 0, 0]]), normalize=True)
     value.backward()
     torch.testing.assert_close(value, torch.tensor(2 / 9))  # a unit vector in two of three samples of three features
-    assert torch.isfinite(now.grad).all()
+    assert torch.equal(now.grad, torch.zeros_like(now))  # against zero, each row is as far in any direction
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-30])
+def test_the_size_of_a_gradient_does_not_matter_to_its_direction(size):
+    now = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for other in (1.0, size):
+        small = (now * size).float().requires_grad_()
+        value = reconcile.distance(small, (before * other).float(), normalize=True)
+        torch.testing.assert_close(value.double(), F.mse_loss(F.normalize(now), F.normalize(before)), rtol=1e-5, atol=0)
+        value.backward()
+        wanted = now.clone().requires_grad_()
+        F.mse_loss(F.normalize(wanted), F.normalize(before)).backward()
+        torch.testing.assert_close(small.grad.double() * size, wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_distance_of_nearly_parallel_gradients_keeps_its_digits():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(64, 512, dtype=torch.float64, generator=generator)
+    now = before + 1e-4 * torch.randn(64, 512, dtype=torch.float64, generator=generator)
+    wanted = F.mse_loss(F.normalize(now), F.normalize(before))
+    found = reconcile.distance(now.float(), before.float(), normalize=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
+    assert all(
+        reconcile.distance(before.float(), times * before.float(), normalize=True) >= 0 for times in range(1, 20)
+    )
+
+
+@pytest.mark.parametrize("heads", ["light", "etf"])
+def test_a_final_layer_that_starts_at_zero_gets_its_losss_gradient(heads):
+    """Its first gradient is in no direction, so the regulariser adds nothing to it."""
+    torch.manual_seed(0)
+    model, batch = ResidualMLP(20, 16, 4, depth=4), (torch.randn(8, 20), torch.arange(8) % 4)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    chain = hp.Chain.from_model(model, batch)
+    method, _ = prepared(chain, batch, 2, heads=heads)
+    method.backward(chain, batch)
+    wanted = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), [model.head.weight])
+    torch.testing.assert_close(model.head.weight.grad, *wanted)
 
 
 def test_the_effect_of_earlier_updates_on_each_module():
@@ -178,3 +253,28 @@ def test_the_effect_of_earlier_updates_on_each_module():
     assert all(abs(effect) > 1e-6 for effect in found)
     wanted = {n: v + 0.1 * (n in ("blocks.0.linear.weight", "blocks.5.linear.weight")) for n, v in buffers.items()}
     assert all(torch.equal(v, wanted[n]) for n, v in chain.model.state_dict().items())
+
+
+def test_running_statistics_of_a_module_are_no_effect_of_those_before_it():
+    """Module 1 of a network in evaluation sees other statistics; its input is the same."""
+    chain, batch = built("cnn")
+    method, _ = prepared(chain, batch, 2, split=[3])
+    chain.model.eval()
+
+    def update():
+        for block in list(chain.blocks)[3:]:
+            for buffer in block.buffers():
+                buffer.add_(1)
+
+    before = method.losses_on(chain, batch)
+    assert input_effects(method, chain, batch, update) == [0]
+    assert method.losses_on(chain, batch)[1] != before[1]
+
+
+def test_the_effect_on_modules_that_share_a_weight_is_refused():
+    chain, batch = built("mlp")
+    chain.blocks[5].linear.weight = chain.blocks[0].linear.weight
+    chain = hp.Chain.from_model(chain.model, batch)
+    method, _ = prepared(chain, batch, 2, split="blocks")
+    with pytest.raises(ValueError, match="modules share parameters"):
+        input_effects(method, chain, batch, lambda: None)

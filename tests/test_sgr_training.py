@@ -42,21 +42,47 @@ def fast(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
+class Watch(hp.Callback):
+    """Keeps every step's local losses, and the parameters of model and heads as they were."""
+
+    def __init__(self, method):
+        self.method, self.losses = method, []
+
+    def on_train_begin(self, run):
+        self.modules = (run.model, run.extra)
+        self.start = [p.detach().clone() for m in self.modules for p in m.parameters()]
+
+    def on_step_end(self, run, step):
+        self.losses.append([loss.item() for loss in self.method.local_losses])
+
+
+def assert_all_learn(model, data, method, factor, **options):
+    """Every module's loss falls, from the first epoch to the last, and whatever can be trained has moved."""
+    watch = Watch(method)
+    result = hp.train(model, data, algorithm=method, callbacks=[watch], **options)
+    steps = len(watch.losses) // options["epochs"]
+    losses = torch.tensor(watch.losses)
+    assert losses.shape[1] == method.modules
+    first, last = losses[:steps].mean(0), losses[-steps:].mean(0)
+    assert (last < factor * first).all(), last / first
+    now = [p for m in watch.modules for p in m.parameters()]
+    assert all(torch.equal(p, before) != p.requires_grad for p, before in zip(now, watch.start, strict=True))
+    return result
+
+
 @pytest.mark.slow
 def test_with_all_defaults_it_learns_the_digits():
     torch.manual_seed(0)
     train, validation = digits()
     model = ResidualMLP(64, 32, 10, depth=6)
-    result = hp.train(model, train, algorithm=SGR(modules=3), epochs=12, val_data=validation)
-    assert result.val_metrics["accuracy"] > 0.85
+    result = assert_all_learn(model, train, SGR(modules=3), 0.5, epochs=12, val_data=validation)
+    assert result.val_metrics["accuracy"] > 0.92
 
 
 @pytest.mark.parametrize("heads", ["light", "conv", "dgl", "infopro", "etf", "own"])
 def test_every_head_trains(heads):
-    """The loss on two batches, seen again and again, falls."""
-    result = hp.train(cnn(), images(), algorithm=SGR(2, heads=heads), epochs=15, optimizer=fast)
-    losses = [entry["loss"] for entry in result.history]
-    assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+    """The losses on two batches, seen again and again, fall."""
+    assert_all_learn(cnn(), images(), SGR(2, heads=heads), 0.8, epochs=15, optimizer=fast)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "accumulated"])
@@ -111,9 +137,23 @@ def test_it_trains_under_autocast(model, precision):
         made, data = CharacterGPT(11, width=16, depth=4, heads=2, context=12), [(tokens[:, :-1], tokens[:, 1:])] * 2
     else:
         made, data = cnn(), images()
-    result = hp.train(made, data, algorithm=SGR(3), epochs=15, precision=precision, max_grad_norm=1.0, optimizer=fast)
-    losses = [entry["loss"] for entry in result.history]
-    assert losses[-1] < 0.8 * losses[0]
+    options = {"epochs": 15, "precision": precision, "max_grad_norm": 1.0, "optimizer": fast}
+    assert_all_learn(made, data, SGR(3), 0.8, **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_frames_train_under_autocast(weight, precision):
+    method = SGR(2, heads="etf", weight=weight)
+    assert_all_learn(cnn(), images(1), method, 0.8, epochs=20, precision=precision, optimizer=fast)
+
+
+def test_heads_have_the_models_type_under_autocast():
+    batch = images(1)[0]
+    chain = hp.Chain.from_model(cnn(), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = SGR(2).prepare(chain, batch)
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
 
 
 def test_greedy_training_goes_from_module_to_module():
@@ -204,9 +244,7 @@ def test_low_rank_adapters_are_fine_tuned():
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(12) % 3}
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     method = SGR(3)
-    result = hp.train(model, [batch], algorithm=method, epochs=20, optimizer=fast)
-    losses = [entry["loss"] for entry in result.history]
-    assert losses[-1] < 0.9 * losses[0]
+    assert_all_learn(model, [batch], method, 0.9, epochs=20, optimizer=fast)
     assert len(method.terms) == 2
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 

@@ -40,7 +40,7 @@ def test_modules_can_be_cut_by_blocks_by_resolution_or_by_hand():
     with pytest.raises(ValueError, match="modules=2: the states have 3 resolutions"):
         prepared(chain, batch, 2, split="resolution")
     with pytest.raises(ValueError, match=r"give 1 growing numbers of blocks in 1\.\.5"):
-        prepared(chain, batch, 2, split=[0])
+        prepared(chain, batch, 2, split=[6])
     with pytest.raises(ValueError, match="modules=7: give a whole number between 1 and 6"):
         prepared(chain, batch, 7)
 
@@ -66,12 +66,14 @@ def test_local_losses_need_not_be_supervised():
 
 def test_a_model_that_computes_its_own_loss_is_not_second_guessed():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(n_layer=3, n_embd=20, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
     model, ids = transformers.GPT2LMHeadModel(config).train(), torch.randint(0, 20, (2, 8))
     batch = {"input_ids": ids, "labels": ids}
     chain = hp.Chain.from_model(model, batch)
     with pytest.raises(ValueError, match=r"loss: the model's is .* give the local losses' function"):
         prepared(chain, batch, 2)
+    with pytest.raises(ValueError, match="heads='etf': a frame's loss is the cross-entropy with the batch's target"):
+        prepared(chain, batch, 2, heads="etf")
 
     def next_token(scores, labels):
         return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -116,6 +118,14 @@ def test_an_operator_without_a_second_derivative_is_named():
         ({"modules": 2, "heads": "big"}, "heads='big'"),
         ({"modules": 2, "heads": 3}, "heads=3"),
         ({"modules": 2, "split": "even"}, "split='even'"),
+        ({"modules": 2, "split": [1.5]}, r"split=\[1.5\]"),
+        ({"modules": 2, "split": 3}, "split=3"),
+        ({"modules": 2, "split": ("a",)}, "split="),
+        ({"modules": 2, "loss": "mse"}, "loss='mse'"),
+        ({"modules": 2, "loss": nn.MSELoss}, "loss=MSELoss"),
+        ({"modules": 2, "normalize": "no"}, "normalize='no'"),
+        ({"modules": 2, "weight": True}, "weight=True"),
+        ({"modules": 2, "heads": nn.Linear(2, 2)}, "heads=Linear"),
         ({"modules": 2, "only": 2, "weight": 0}, "only=2"),
         ({"modules": 2, "only": 1}, "only=1"),
         ({"modules": 2, "heads": "etf", "loss": F.mse_loss}, "loss: heads='etf'"),
@@ -124,6 +134,48 @@ def test_an_operator_without_a_second_derivative_is_named():
 def test_bad_settings_are_named(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         SGR(**settings)
+
+
+def test_a_head_may_overwrite_its_input():
+    chain, batch = built("mlp")
+    made = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        method, auxiliary = prepared(
+            chain, batch, 3, heads=lambda p, i=inplace: nn.Sequential(nn.ReLU(inplace=i), nn.Linear(8, 4))
+        )
+        made.append(list(own(method, chain, auxiliary, batch).values()))
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("heads", ["light", "conv", "dgl", "infopro", "etf", "own"])
+def test_a_batch_of_one_trains(heads):
+    chain, batch = built("cnn")
+    method, auxiliary = prepared(chain, batch, 2, heads=heads, split=[3])
+    found = own(method, chain, auxiliary, (batch[0][:1], batch[1][:1]))
+    assert len(found) > 8
+    assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_a_balanced_split_is_taken_over_from_a_checkpoint():
+    chain, batch = built("mlp")
+    method, _ = prepared(chain, batch, 2)
+    assert method.bounds == (0, 5, 6)
+    method.load_state_dict({"bounds": [0, 4, 6]})
+    assert method.bounds == (0, 4, 6)
+    with pytest.raises(ValueError, match="split: modules began"):
+        method.load_state_dict({"bounds": [0, 4, 7]})
+    method, _ = prepared(chain, batch, 2, split=[2])
+    with pytest.raises(ValueError, match=r"split: modules began at \[0, 5, 6\] and do at \[0, 2, 6\]"):
+        method.load_state_dict({"bounds": [0, 5, 6]})
+
+
+def test_settings_are_told_alike_in_every_process():
+    class Loss:
+        def __call__(self, output, target):
+            return F.cross_entropy(output, target)
+
+    assert repr(SGR(2, loss=Loss())) == repr(SGR(2, loss=Loss()))
 
 
 def test_it_has_to_be_prepared_for_the_chain():
@@ -147,3 +199,42 @@ def test_a_chain_built_by_hand_trains_what_its_head_reads():
     method, auxiliary = prepared(chain, batch, 3)
     method.backward(chain, batch)
     assert all(p.grad is not None for p in (*readout.parameters(), *chain.parameters(), *auxiliary.parameters()))
+
+
+class Channels(nn.Module):
+    """A network of 3 blocks between two functions that turn the axes."""
+
+    def __init__(self, stem, block, turn, mean):
+        super().__init__()
+        self.stem, self.turn, self.mean = stem, turn, mean
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.turn(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(self.mean))
+
+
+def attention():
+    return nn.TransformerEncoderLayer(24, 2, 8, dropout=0.0)
+
+
+ORDERS = {
+    "signal": ((nn.Conv1d, 2, 24, 1), lambda: nn.Conv1d(24, 24, 1), lambda x: x, 2, (4, 2, 50), "on the second axis"),
+    "channels last": ((nn.Linear, 3, 24), lambda: nn.Linear(24, 24), lambda x: x, (1, 2), (4, 8, 8, 3), "on the last"),
+    "positions first": ((nn.Linear, 3, 24), attention, lambda x: x.transpose(0, 1), 0, (4, 9, 3), "not have the 4"),
+    "as many": ((nn.Linear, 3, 24), attention, lambda x: x.transpose(0, 1), 0, (4, 4, 3), "may have positions first"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_states_whose_axes_are_in_another_order_are_refused(name):
+    (kind, *sizes), block, turn, mean, shape, complaint = ORDERS[name]
+    model = Channels(kind(*sizes), block, turn, mean)
+    batch = (torch.randn(shape), torch.arange(4) % 3)
+    chain = hp.Chain.from_model(model, batch)
+    with pytest.raises(ValueError, match=f"heads='light': .* {complaint}"):
+        prepared(chain, batch, 2, split=[1])
+    assert prepared(chain, batch, 2, split=[1], heads=lambda place: nn.Linear(2, 3))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import combinations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from horizonplan.algorithms.modules import Modules
 from horizonplan.algorithms.sgr import SGR
 from horizonplan.chain import Chain
 from horizonplan.chain.calls import quiet, scratch_buffers
@@ -17,7 +20,8 @@ def input_effects(method: SGR, chain: Chain, batch: Any, update: Callable[[], ob
     """The change of each local loss that a step causes through the module's input alone.
 
     For module k it is L_k at the input that the updated modules before it give, minus L_k at the input that they gave
-    before, with module k and its head as they were: below zero where the modules before it have helped it.
+    before, with module k and its head as they were, running statistics too: below zero where the modules before it
+    have helped it.
 
     Args:
         method: prepared for the chain, with ``only=None``.
@@ -27,12 +31,15 @@ def input_effects(method: SGR, chain: Chain, batch: Any, update: Callable[[], ob
 
     Returns:
         One number for each module but the first.
+
+    Raises:
+        ValueError: modules share a parameter, so that none can be put back without the others.
     """
     modules = method.parts(chain)
-    groups = [
-        [*modules.parameters(k), *(head.parameters() if head is not None else ())]
-        for k, head in enumerate([*modules.heads, None])
-    ]
+    groups = [_tensors(modules, k) for k in range(len(modules))]
+    shared = [{id(t) for t in one} & {id(t) for t in two} for one, two in combinations(groups, 2)]
+    if any(shared):
+        raise ValueError("chain: modules share parameters, which cannot be as they were in one and not in another.")
 
     def losses() -> list[float]:
         with ExitStack() as stack:
@@ -57,7 +64,19 @@ def input_effects(method: SGR, chain: Chain, batch: Any, update: Callable[[], ob
     return effects[::-1]
 
 
-def _put(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+def _tensors(modules: Modules, k: int) -> list[Tensor]:
+    """All that module k and its head compute with: parameters and buffers, each once."""
+    parameters: list[Tensor] = [*modules.parameters(k)]
+    known = {id(p) for p in parameters}
+    owners = [m for t in modules.blocks(k) for m in modules.chain.blocks[t].modules()]
+    owners += [m for m in modules.chain.model.modules() if known & {id(p) for p in m.parameters(recurse=False)}]
+    head = modules.heads[k] if k < len(modules) - 1 else None
+    owners += [] if head is None else head.modules()
+    own = [t for m in owners for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    return list({id(t): t for t in (*parameters, *own)}.values())
+
+
+def _put(tensors: list[Tensor], values: list[Tensor]) -> None:
     with torch.no_grad():
-        for p, value in zip(parameters, values, strict=True):
+        for p, value in zip(tensors, values, strict=True):
             p.copy_(value)

@@ -6,6 +6,8 @@ Section 3.3) puts one after each layer: nothing is pulled back through a head, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +48,7 @@ class SimplexETF(nn.Module):
         features: entries of a flattened image, of a position, or of a vector.
         classes: scores.
         positions: whether each position of a sequence is classified.
+        dtype: of the frame; ``None``: torch's default.
 
     >>> SimplexETF(16, 10)(torch.zeros(2, 4, 2, 2)).shape
     torch.Size([2, 10])
@@ -53,10 +56,10 @@ class SimplexETF(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, features: int, classes: int, positions: bool = False) -> None:
+    def __init__(self, features: int, classes: int, positions: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.positions = positions
-        self.register_buffer("weight", simplex(features, classes))
+        self.register_buffer("weight", simplex(features, classes, dtype))
 
     def forward(self, state: Tensor) -> Tensor:
         """``(B, D)``, ``(B, N, D)`` or ``(B, C, H, W)`` ``-> (B, classes)``, or ``(B, N, classes)``."""
@@ -67,23 +70,24 @@ class SimplexETF(nn.Module):
 
         The gradient is an expression in the state, so it can be differentiated again.
 
+        Both are computed in the frame's type, whatever the state's.
+
         Args:
             state: as for a call.
             target: ``(B,)`` or ``(B, N)`` classes; -100 does not count.
 
+        Returns:
+            The loss, without a graph; the gradient, of the state's shape and the frame's type.
+
         Raises:
             ValueError: the targets are no classes of these states.
         """
-        scores = self(state)
-        if target.is_floating_point() or target.shape != scores.shape[:-1]:
-            shapes = f"{tuple(target.shape)} ({target.dtype}) for scores {tuple(scores.shape)}"
-            raise ValueError(f"heads='etf': the frame classifies, and got targets {shapes}; give classes.")
+        scores = F.linear(self._features(state).to(self.weight.dtype), self.weight)
+        loss = classification(scores.detach(), target)
         counts = (target != IGNORED).unsqueeze(-1)
         safe = target.clamp_min(0)
-        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        loss = F.cross_entropy(wide.detach().flatten(0, -2), target.flatten())
-        errors = (wide.softmax(-1) - F.one_hot(safe, scores.shape[-1])) * counts / counts.sum()
-        return loss, self._back(errors.to(self.weight.dtype) @ self.weight, state)
+        errors = (scores.softmax(-1) - F.one_hot(safe, scores.shape[-1])) * counts / counts.sum()
+        return loss, self._back(errors @ self.weight, state)
 
     def _features(self, state: Tensor) -> Tensor:
         if state.ndim == 3 and not self.positions:
@@ -93,4 +97,22 @@ class SimplexETF(nn.Module):
     def _back(self, gradient: Tensor, state: Tensor) -> Tensor:
         if state.ndim == 3 and not self.positions:
             gradient = (gradient / state.shape[1]).unsqueeze(1).expand(state.shape)
-        return gradient.reshape(state.shape).to(state.dtype)
+        return gradient.reshape(state.shape)
+
+
+def classification(scores: Tensor, target: Any) -> Tensor:
+    """The loss of frames: cross-entropy.
+
+    Args:
+        scores: ``(B, classes)`` or ``(B, N, classes)``.
+        target: ``(B,)`` or ``(B, N)`` classes; -100 does not count.
+
+    Raises:
+        ValueError: the targets are no classes of these scores.
+    """
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != scores.shape[:-1]:
+        got = f"{tuple(target.shape)} ({target.dtype})" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            f"heads='etf': the frame classifies, and got targets {got} for scores {tuple(scores.shape)}; give classes."
+        )
+    return F.cross_entropy(scores.flatten(0, -2), target.flatten())

@@ -42,7 +42,7 @@ def greedy(modules: int, epochs: int, **settings: Any) -> dict[int, SGR]:
 
     Returns:
         First epoch -> method, for ``horizonplan.train(..., algorithm=...)``. The modules before the present one are
-        not trained any more; those after it only run.
+        not trained any more, but the running statistics of their norms still move; those after it only run.
 
     >>> list(greedy(3, 5))
     [0, 5, 10]

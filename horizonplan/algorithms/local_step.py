@@ -127,7 +127,11 @@ class LocalStep:
         return self.leaf
 
     def _loss(self, k: int, state: Tensor) -> Tensor:
-        if self.modules.heads[k] is not None:
+        head = self.modules.heads[k]
+        if isinstance(head, SimplexETF):
+            with Ambient.off():
+                return head.loss_and_gradient(state.detach(), target_of(self.batch))[0]
+        if head is not None:
             return self.modules.local_loss(k, state, self.batch)
         with self.ambient.restored():
             if self.shapes is None:
@@ -141,7 +145,7 @@ class LocalStep:
         if isinstance(head, SimplexETF):
             with Ambient.off(), torch.no_grad():
                 loss, delta = head.loss_and_gradient(state.detach(), target_of(self.batch))
-                delta = delta * self.scale
+                delta = (delta * self.scale).to(state.dtype)
         else:
             z = state.detach().requires_grad_()
             loss = self._loss(k, z)
@@ -163,7 +167,7 @@ class LocalStep:
         if isinstance(head, SimplexETF):
             with Ambient.off():
                 loss, delta = head.loss_and_gradient(state, target_of(self.batch))
-                delta = delta * self.inner
+                delta = (delta * self.inner).to(state.dtype)
                 (now,) = torch.autograd.grad(state, self.leaf, delta, create_graph=True)
             roots: tuple[Tensor, Any] = (state, delta.detach() * self.outer)
         else:
@@ -200,6 +204,7 @@ class LocalStep:
             if self.first:
                 refuse_once(now)
             term = distance(now, self.delta, self.normalize, self.inner)
+            self.delta = None  # of no use any more
             self.terms.append(term.detach())
             if wanted:
                 push = self.weight * self.scale * torch.ones_like(term)

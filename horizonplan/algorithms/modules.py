@@ -24,6 +24,7 @@ class Modules:
         loss: the local losses; ``None``: the chain's own.
         second_order: whether modules but the first reconcile their gradient with the one before.
         only: the module that is trained, if it is one.
+        copies: whether heads get a copy of the state, since they may overwrite it.
     """
 
     chain: Chain
@@ -32,6 +33,7 @@ class Modules:
     loss: LossFunction | None
     second_order: bool
     only: int | None = None
+    copies: bool = False
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -73,5 +75,6 @@ class Modules:
         """Module k's local loss at its output, by its auxiliary head."""
         head = self.heads[k]
         assert head is not None
+        state = state.clone() if self.copies else state
         own: Callable[..., Tensor] | None = getattr(head, "local_loss", None)
         return self.measure(head(state), batch) if own is None else scalar(own(state, batch, self.measure))

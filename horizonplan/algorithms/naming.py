@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from horizonplan.algorithms.base import Algorithm
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def short_name(algorithm: Algorithm) -> str:
@@ -24,9 +27,13 @@ def short_name(algorithm: Algorithm) -> str:
 
 
 def in_words(value: Any) -> str:
-    """A setting in words that are the same in every process: functions by their names."""
+    """A setting in words that are the same in every process: functions by their names, nothing by its address.
+
+    >>> in_words(object())
+    '<object object>'
+    """
     name = getattr(value, "__qualname__", None)
-    return repr(value) if name is None else str(name)
+    return ADDRESS.sub("", repr(value)) if name is None else str(name)
 
 
 def _default(field: Field[Any]) -> Any:

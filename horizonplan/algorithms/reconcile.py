@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,10 +11,10 @@ Scale = float | Tensor
 def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -> Tensor:
     """The regulariser ("Towards Interpretable Deep Local Learning with Successive Gradient Reconciliation").
 
-    Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero),
-    then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the squared norm of the
-    difference, for each sample, then the mean over samples. What is given is the gradient of a mean over the batch, so
-    a sample's own is B times its rows: the sum of all squares is taken B times.
+    Normalised, as Algorithm 1 has it: each sample's gradient divided by its own norm (a gradient of zero stays zero,
+    and has no slope), then the squared difference's mean over samples *and* features. Plain, as Eq. 6 has it: the
+    squared norm of the difference, for each sample, then the mean over samples. What is given is the gradient of a mean
+    over the batch, so a sample's own is B times its rows: the sum of all squares is taken B times.
 
     Both are means over samples, so that the gradient on a batch is the mean of those on its parts, as for any loss.
 
@@ -30,12 +28,8 @@ def distance(now: Tensor, before: Tensor, normalize: bool, scale: Scale = 1.0) -
         A scalar of at least single precision.
     """
     now, before = (_wide(g.flatten(1) if g.ndim > 1 else g.unsqueeze(1)) for g in (now, before))
-    if normalize:  # the square of a difference of unit vectors, without them
-        size, other = (torch.linalg.vector_norm(g, dim=1) for g in (now, before))
-        least = math.sqrt(torch.finfo(now.dtype).tiny)  # a smaller norm counts as zero
-        cosine = torch.bmm(now.unsqueeze(1), before.unsqueeze(2)).flatten() / (size * other).clamp_min(least**2)
-        apart = (size > least).to(now) + (other > least).to(now) - 2 * cosine
-        found: Tensor = apart.mean() / now.shape[1]
+    if normalize:
+        found: Tensor = (_unit(now) - _unit(before)).square().mean()
         return found
     return len(now) * ((now - before) / scale).square().sum()
 
@@ -65,6 +59,18 @@ def split_scale(scale: Scale) -> tuple[Scale, Scale]:
         return (scale, 1.0) if scale != 0 else (1.0, 0.0)
     inner = torch.where(scale == 0, torch.ones_like(scale), scale)
     return inner, scale / inner
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows divided by their norms; a row of zeros stays, and has no slope.
+
+    Divided by their largest entries first, so that no square underflows.
+    """
+    top = rows.detach().abs().amax(1, keepdim=True)
+    some = top > 0
+    scaled = rows / torch.where(some, top, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled * torch.where(some, 1 / torch.where(some, norm, 1), 0)
 
 
 def _wide(gradient: Tensor) -> Tensor:

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from horizonplan.algorithms.base import GradientMethod
-from horizonplan.algorithms.etf import SimplexETF
-from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, light, mlp_sr
+from horizonplan.algorithms.etf import SimplexETF, classification
+from horizonplan.algorithms.heads import Factory, Place, convolutional, fixed, light, mlp_sr, refuse_other_axes
 from horizonplan.algorithms.infopro import InformationPropagation
 from horizonplan.algorithms.local_step import LocalStep
 from horizonplan.algorithms.modules import Modules
 from horizonplan.algorithms.naming import in_words
 from horizonplan.algorithms.partition import SPLITS, bounds_of
 from horizonplan.algorithms.trial import Trial, trial
-from horizonplan.batch import LossFunction, output_tensor
+from horizonplan.batch import LossFunction, output_tensor, target_of
 from horizonplan.chain import Chain, ChainError
 
 HEADS: dict[str, Factory] = {
@@ -83,6 +83,7 @@ class SGR(GradientMethod):
     def __post_init__(self) -> None:
         self._check()
         self._ready: Modules | None = None
+        self._shapes: list[torch.Size] = []  # of each block's output, without the batch
         self.local_losses: tuple[Tensor, ...] = ()
         self.terms: tuple[Tensor, ...] = ()
 
@@ -105,13 +106,17 @@ class SGR(GradientMethod):
         if self.heads != OWN:
             for k in range(self.modules - 1):
                 if self.only in (None, k):
-                    made[k] = self._head(k, found, bounds, batch)
+                    made[k] = self._head(chain, k, found, bounds, batch)
         second_order = self.weight > 0 and self.modules > 1
         self.local_losses, self.terms = (), ()
-        self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only)
-        if self.loss is None and any(head is not None and not isinstance(head, SimplexETF) for head in made):
-            self._see_loss(found, batch)
+        self._shapes = [state.shape[1:] for state in found.states]
+        self._ready = Modules(chain, bounds, made, self.loss, second_order, self.only, not isinstance(self.heads, str))
         kept = [head for head in made if head is not None]
+        frames = [isinstance(head, SimplexETF) for head in kept]
+        if any(frames):
+            self._see_frames(found, batch)
+        if self.loss is None and not all(frames):
+            self._see_loss(found, batch)
         return nn.ModuleList(kept) if kept else None
 
     @property
@@ -161,13 +166,23 @@ class SGR(GradientMethod):
         return {"bounds": list(self.bounds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See that the chain is cut as it was.
+        """Cut the chain as it was; a split balanced in memory depends on the size of the batch it was found with.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the heads are not made for states there, or another split was asked for.
         """
-        if tuple(state.get("bounds", ())) != self.bounds:
-            raise ValueError(f"split: modules began at {state.get('bounds')} and do at {self.bounds} now; give split=.")
+        then, now = tuple(state.get("bounds", ())), self.bounds
+        if then == now:
+            return
+        fits = (len(then), then[-1:]) == (len(now), now[-1:]) and all(
+            self._shapes[a - 1] == self._shapes[b - 1] for a, b in zip(then, now, strict=True)
+        )
+        if self.split != "memory" or not fits:
+            raise ValueError(
+                f"split: modules began at {list(then)} and do at {list(now)} now; resume with the model and a first "
+                "batch of the size that the run began with."
+            )
+        self._ready = replace(self.parts(), bounds=then)
 
     def parts(self, chain: Chain | None = None) -> Modules:
         """The modules and their heads.
@@ -182,15 +197,20 @@ class SGR(GradientMethod):
             )
         return self._ready
 
-    def _head(self, k: int, found: Trial, bounds: tuple[int, ...], batch: Any) -> nn.Module:
+    def _head(self, chain: Chain, k: int, found: Trial, bounds: tuple[int, ...], batch: Any) -> nn.Module:
         if found.output is None:
             raise ValueError(f"heads={in_words(self.heads)}: the model was not called for the loss; give heads='own'.")
         state = found.states[bounds[k + 1] - 1]
         factory = HEADS[self.heads] if isinstance(self.heads, str) else self.heads
-        head = factory(Place(k, self.modules, state, found.output, batch))
+        place = Place(k, self.modules, state, found.output, batch)
+        if isinstance(self.heads, str):
+            refuse_other_axes(place, chain.blocks[bounds[k + 1] - 1], self.heads)
+        head = factory(place)
         if not isinstance(head, nn.Module):
             raise ValueError(f"heads: {in_words(factory)} made a {type(head).__name__}; let it return a module.")
-        return head.to(state.device, state.dtype)
+        if isinstance(head, SimplexETF):
+            return head.to(state.device)
+        return head.to(state.device, next((p.dtype for p in chain.parameters() if p.is_floating_point()), state.dtype))
 
     def _see_loss(self, found: Trial, batch: Any) -> None:
         """A model may compute its loss inside, in a way that its output does not tell."""
@@ -203,20 +223,49 @@ class SGR(GradientMethod):
                 "give the local losses' function, loss=, or heads='own'."
             )
 
+    def _see_frames(self, found: Trial, batch: Any) -> None:
+        """A frame's gradient is that of the cross-entropy, which has to be the model's loss too."""
+        assert self._ready is not None
+        if self.loss is not None:
+            raise ValueError("loss: frames have a loss of their own; leave it out, or take other heads.")
+        output, target = output_tensor(found.result).detach().requires_grad_(), target_of(batch)
+        with torch.enable_grad():
+            own = classification(output, target)
+            try:
+                model = self._ready.measure(output, batch)
+            except ValueError as error:
+                if not isinstance(error.__cause__, AttributeError):
+                    raise
+                model = found.loss  # it reads more of the model than its output
+        alike = torch.allclose(own.double(), found.loss.double(), rtol=LOSS_TOLERANCE, equal_nan=True)
+        if alike and model.requires_grad:  # a smoothed loss may be as large, but has another slope
+            ours, theirs = (torch.autograd.grad(loss, output)[0].double() for loss in (own, model))
+            alike = bool((ours - theirs).abs().max() <= LOSS_TOLERANCE * ours.abs().max())
+        if not alike:
+            raise ValueError(
+                f"heads='etf': a frame's loss is the cross-entropy with the batch's target, {own.item():.6g} at the "
+                f"model's output, and the model's, {found.loss.item():.6g}, is another function; take other heads."
+            )
+
     def _check(self) -> None:
         if not _whole(self.modules, 1):
             raise ValueError(f"modules={self.modules!r}: give a whole number >= 1.")
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight!r}: give a number >= 0.")
-        named = isinstance(self.heads, str)
-        if (named and self.heads not in (*HEADS, OWN)) or not (named or callable(self.heads)):
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize={self.normalize!r}: give True or False.")
+        named, ready = isinstance(self.heads, str), isinstance(self.heads, nn.Module)
+        if (named and self.heads not in (*HEADS, OWN)) or ready or not (named or callable(self.heads)):
             raise ValueError(f"heads={self.heads!r}: give {', '.join(map(repr, (*HEADS, OWN)))}, or a function.")
-        if isinstance(self.split, str) and self.split not in SPLITS:
+        listed = isinstance(self.split, list | tuple) and all(_whole(block, 1) for block in self.split)
+        if not listed and self.split not in SPLITS:
             raise ValueError(f"split={self.split!r}: give {', '.join(map(repr, SPLITS))}, or a list of first blocks.")
         if self.only is not None and not (_whole(self.only, 0) and self.only < self.modules):
             raise ValueError(f"only={self.only!r}: give a module from 0 to {self.modules - 1}, or None.")
         if self.only is not None and self.weight:
             raise ValueError(f"only={self.only}: one module has none to agree with; set weight=0.")
+        if isinstance(self.loss, type) or not (self.loss is None or callable(self.loss)):
+            raise ValueError(f"loss={in_words(self.loss)}: give a function (head's output, target) -> scalar, or None.")
         if self.loss is not None and self.heads in ("etf", OWN):
             raise ValueError(f"loss: heads={self.heads!r} have a loss of their own; leave it out, or take other heads.")
 
