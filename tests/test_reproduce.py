@@ -13,7 +13,7 @@ from torch import nn
 import horizonplan as hp
 from horizonplan.models import ResidualCNN, ResidualLinear
 from horizonplan.objective import AccuracyConstraint, Weighted
-from horizonplan.reproduce import e1, fig2, fig3, scoring, selection, theorem
+from horizonplan.reproduce import e1, fig2, fig3, fig5_claims, scoring, selection, theorem
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY
 from horizonplan.reproduce.methods import BP, disjoint, sliding
 from horizonplan.reproduce.numbers import line, log_line, ranks, rate
@@ -121,9 +121,21 @@ def test_memory_is_linear_one_window_at_a_time_and_a_parabola_all_at_once(tiny, 
     state = 2000 * 10 * 4
     assert all(abs(step - state) <= 1000 for step in steps)  # a block keeps its input
     static = [e1.static_bytes(lab, case, grid)[str(h)] for h in grid]
+    assert abs(static[-1] - eager["BP"].bytes) <= 1.1 * state  # one window: back-propagation
     graphs = [h * (6 - h + 1) for h in grid]
     fit = np.linalg.lstsq(np.array([[g, 6 - h + 1, 1] for g, h in zip(graphs, grid, strict=True)]), static, rcond=None)
     assert fit[0][0] == pytest.approx(state, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "state"), [("M1", 500 * 10 * 4), ("M2", 500 * 10 * 4), ("M3", 8 * 2 * 8 * 8 * 4)])
+def test_static_mode_at_the_whole_depth_takes_what_back_propagation_takes(tiny, tmp_path, name, state):
+    """To one state."""
+    lab = make_lab(tmp_path)
+    case = lab.case(name)
+    exact = lab.costs(case, [BP], "eager")["BP"].bytes
+    found = e1.static_bytes(lab, case, [3, case.depth])
+    assert abs(found[str(case.depth)] - exact) <= 1.1 * state
+    assert found["3"] > 1.2 * exact
 
 
 # Figure 5's scoring
@@ -197,6 +209,18 @@ def test_lines_ranks_and_rates():
     assert rate(1.0, math.inf, 0.01) == -math.inf
 
 
+@pytest.mark.parametrize("exact", [4.0, 1.0, 2.0, 0.0, -1.0, math.inf, math.nan])
+def test_there_is_no_rate_where_back_propagation_does_not_lower_the_loss(exact):
+    """Eq. 14 would turn its sign, divide by 0 or take the logarithm of 0."""
+    assert rate(1.0, 0.5, exact) == rate(1.0, 4.0, exact) == -math.inf
+
+
+def test_a_loss_of_zero_has_the_highest_rate_and_a_growing_one_a_negative_rate():
+    assert math.isfinite(rate(1.0, 0.0, 0.5))
+    assert rate(1.0, 0.0, 0.5) > rate(1.0, 1e-300, 0.5) > rate(1.0, 0.5, 0.5) == 1
+    assert rate(1.0, 2.0, 0.5) == pytest.approx(-1)
+
+
 # Training runs and costs
 
 
@@ -234,6 +258,15 @@ def test_angles_of_figure_2_against_autograd(tiny, tmp_path, stride):
             )
             cosines.append(torch.nn.functional.cosine_similarity(g, exact, dim=0).item())
         assert found == pytest.approx(1 - sum(cosines) / len(cosines), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("learning_rate", [2.0, 1e9])
+def test_angles_of_a_run_that_diverges_are_those_until_then(tiny, tmp_path, learning_rate):
+    lab = make_lab(tmp_path)
+    case = replace(lab.case("M1"), learning_rate=learning_rate, epochs=40)
+    rows = fig2.angles(lab, case, seed=0)
+    assert {0} <= {row["epoch"] for row in rows} < set(fig2.EPOCHS)
+    assert all(math.isfinite(row["1-cos"]) for row in rows)
 
 
 def test_a_run_of_figure_e2_against_a_loop_by_hand(tiny, tmp_path):
@@ -316,6 +349,15 @@ def test_verdicts_on_the_theorem(tiny, near, verdict):
     ]
     rows = theorem.deviations("drift", theorem.DEPTHS, theorem.SEEDS)
     assert theorem._claim(rows, powers, "drift", "a drift").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("best", "verdict"), [((3, 3, 6, ""), HOLDS), ((3, 1, 6, 6), FAILS), ((3, 1, 6, ""), PARTLY), (("", ""), FAILS)]
+)
+def test_verdicts_on_the_best_horizon(best, verdict):
+    claim = fig5_claims._middle([{"best h": h, "T": 6} for h in best])
+    assert claim.verdict == verdict
+    assert f"in {best.count('')} more" in claim.found
 
 
 def test_runs_of_one_seed_are_equal_and_a_diverged_one_is_kept(tiny, tmp_path):

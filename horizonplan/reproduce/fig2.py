@@ -63,9 +63,18 @@ def angles(lab: Lab, case: Case, seed: int) -> list[dict[str, Any]]:
     model = lab.model(case, seed)
     batches = lab.batches(case, seed, BATCHES)
     rows: list[dict[str, Any]] = []
+    lost = False  # no angle any more: a loss that is not finite, a gradient that vanishes
 
     def measure(chain: Any, epoch: int) -> None:
-        for sample in cosine(chain, batches, horizons(case), STRIDES):
+        nonlocal lost
+        try:
+            samples = () if lost else cosine(chain, batches, horizons(case), STRIDES)
+        except ValueError:
+            if epoch == 0:  # nothing has been trained: the network or its data are wrong
+                raise
+            lost = True
+            return
+        for sample in samples:
             stride = "s = 1" if sample.stride == 1 else "s = h"
             found = {"epoch": epoch, "stride": stride, "h": sample.horizon, "T-h": case.depth - sample.horizon}
             rows.append({"model": case.name, "seed": seed, **found, "1-cos": 1 - sample.value})
