@@ -197,6 +197,12 @@ def test_algorithm_1_without_a_feasible_horizon_takes_the_nearest():
     assert selection.algorithm_1(memory, cosines, 4, AccuracyConstraint(0.1), hp.LinearCost(1.0, 4)) == 4
 
 
+def test_a_negative_cosine_is_no_good_rate():
+    """Squared it would be the best of all and the cheapest."""
+    memory, cosines = {1: 1.0, 5: 5.0, 9: 9.0, 13: 13.0}, {1: -0.95, 5: 0.2, 9: 0.6, 13: 1.0}
+    assert selection.algorithm_1(memory, cosines, 13, AccuracyConstraint(0.1), hp.LinearCost(1.0, 13)) > 9
+
+
 # Statistics
 
 
@@ -340,15 +346,30 @@ def test_verdicts_on_angles(drift, verdict):
     assert fig2._growing(rows).verdict == verdict
 
 
-@pytest.mark.parametrize(("near", "verdict"), [(2.9, HOLDS), (2.4, PARTLY), (2.0, FAILS)])
-def test_verdicts_on_the_theorem(tiny, near, verdict):
-    powers = [
-        {"kind": "drift", "T": depth, "seed": seed, "near": near, "wide": near}
-        for depth in theorem.DEPTHS
-        for seed in range(theorem.SEEDS)
+@pytest.mark.parametrize(
+    ("near", "growth", "verdict"),
+    [(2.9, 0, HOLDS), (2.4, 0, PARTLY), (2.0, 0, FAILS), (2.9, -0.5, PARTLY), (2.9, -1, FAILS), (2.9, 1, FAILS)],
+)
+def test_verdicts_on_the_theorem(tiny, near, growth, verdict):
+    """Rows of 2 T^growth (1 - h/T)^3: the formal statement wants growth 0, the informal one at most 0."""
+    places = [{"kind": "drift", "T": T, "seed": s} for T in theorem.DEPTHS for s in range(theorem.SEEDS)]
+    powers = [{**place, "near": near, "wide": near} for place in places]
+    rows = [
+        {**place, "stride": "s = 1", "1-h/T": left, "1-cos2": 2 * place["T"] ** growth * left**3}
+        for place in places
+        for left in (theorem._left(share, place["T"]) for share in theorem.SHARES)
     ]
-    rows = theorem.deviations("drift", theorem.DEPTHS, theorem.SEEDS)
-    assert theorem._claim(rows, powers, "drift", "a drift").verdict == verdict
+    claim = theorem._claim(rows, powers, "drift", "a drift")
+    assert claim.verdict == verdict
+    assert f"between {growth:.2f} and {growth:.2f}" in claim.found.replace("-0.00", "0.00")
+    assert f"an upper bound, {FAILS if growth > 0 else HOLDS}:" in claim.found
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_theorem_has_as_many_draws_as_seeds_are_asked_for(tiny, tmp_path, seeds):
+    found = theorem.run(make_lab(tmp_path, seeds=seeds), tmp_path)
+    assert f"mean over {seeds} draws" in found.caption
+    assert ("±" in found.claims[0].found) == (seeds > 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from horizonplan.batch import LossFunction
 from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
-from horizonplan.reproduce import generators, pretrained, verses
+from horizonplan.reproduce import cifar, generators, pretrained, verses
 from horizonplan.reproduce.images import images, source
 
 Scale = Literal["small", "paper"]
@@ -55,6 +55,7 @@ class Case:
         disjoint: those of them that are trained with stride h, too.
         seeds: how many runs with other weights and another order, where nothing else is asked for.
         classes: whether targets are classes, so that there is an accuracy.
+        origin: a fingerprint of the user's files that go in; ``None`` if none do.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Case:
     disjoint: tuple[int, ...]
     seeds: int
     classes: bool
+    origin: Callable[[], str | None] = lambda: None
 
     @property
     def depth(self) -> int:
@@ -81,8 +83,8 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the outcome of training, for the cells."""
-        names = "name", "sizes", "learning_rate", "batch", "epochs", "optimizer"
-        return {name: getattr(self, name) for name in names}
+        names = "name", "sizes", "source", "learning_rate", "batch", "epochs", "optimizer"
+        return {name: getattr(self, name) for name in names} | {"origin": self.origin()}
 
     @property
     def words(self) -> str:
@@ -188,6 +190,7 @@ def _m3(scale: Scale, sources: Sources) -> Case:
         disjoint=(2, 3, 5) if small else (2, 3, 5, 10, 15),
         seeds=2,
         classes=True,
+        origin=lambda: None if sources.images is None else cifar.origin(sources.images, 10),
     )
 
 
@@ -219,6 +222,7 @@ def _lora(sources: Sources) -> Case:
         disjoint=(2, 3),
         seeds=2,
         classes=True,
+        origin=lambda: verses.origin(sources.text),
     )
 
 
@@ -244,6 +248,7 @@ def pretrained_cases(sources: Sources) -> list[Case]:
             make=lambda: pretrained.resnet50(sources.weights),
             horizons=(1, 2, 4, 6, 8, 10, 12, 14, 16),
             disjoint=(2, 4, 8),
+            origin=lambda: _origin(sources, pretrained.RESNET),
             **both,
         ),
         Case(
@@ -253,6 +258,14 @@ def pretrained_cases(sources: Sources) -> list[Case]:
             make=lambda: pretrained.vit(sources.weights),
             horizons=(1, 2, 3, 4, 6, 8, 10, 12),
             disjoint=(2, 3, 4, 6),
+            origin=lambda: _origin(sources, pretrained.VIT),
             **both,
         ),
     ]
+
+
+def _origin(sources: Sources, name: str) -> str | None:
+    """Of CIFAR-100 and a pre-trained network; ``None`` without a folder of CIFAR (its data cannot be loaded either)."""
+    if sources.images is None:
+        return None
+    return f"{cifar.origin(sources.images, 100)} {pretrained.origin(sources.weights, name)}"

@@ -59,7 +59,7 @@ def run(lab: Lab, out: Path) -> Finding:
             *map(checkpointed, periods),
         ]
         costs = lab.costs(case, methods, NAME)
-        settings = {**case.settings, "horizons": grid}
+        settings = {**lab.settings(case), "horizons": grid}
         static = lab.cells.get(f"{NAME}-static/{case.name}", settings, partial(static_bytes, lab, case, grid))
         rows += [_row(case, "s = 1", h, costs[sliding(h, case.depth).name], costs[BP.name]) for h in grid]
         rows += [_row(case, "s = h", h, costs[disjoint(h).name], costs[BP.name]) for h in middle]

@@ -39,9 +39,9 @@ def run(lab: Lab, out: Path) -> Finding:
     rows: list[dict[str, Any]] = []
     for case in map(lab.case, MODELS):
         for seed in lab.seeds_of(case):
-            own = {"epochs": EPOCHS, "batches": BATCHES, "horizons": horizons(case), "strides": STRIDES, "seed": seed}
+            own = {"after": EPOCHS, "batches": BATCHES, "horizons": horizons(case), "strides": STRIDES, "seed": seed}
             name = f"{NAME}/{case.name}/seed-{seed}"
-            rows += lab.cells.get(name, {**case.settings, **own}, partial(angles, lab, case, seed))
+            rows += lab.cells.get(name, {**lab.settings(case), **own}, partial(angles, lab, case, seed))
     fits = [
         {"model": model, "epoch": epoch, "seed": seed, **_fit(rows, model, epoch, seed)}
         for model, epoch, seed in dict.fromkeys((r["model"], r["epoch"], r["seed"]) for r in rows)
@@ -53,7 +53,7 @@ def run(lab: Lab, out: Path) -> Finding:
         f"1 - cos(θ) of the gradients of horizon h and of back-propagation, over all blocks, mean over {BATCHES} "
         "batches and the seeds (bars: the seeds' range), while the network is trained with back-propagation. Dashed: "
         "disjoint windows, s = h, before training and after the last epoch. Checkpointed back-propagation has the "
-        f"exact gradient: no line. {words}."
+        f"exact gradient: no line. All lines are of the same training runs: no time. {words}."
     )
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows, fits))
 

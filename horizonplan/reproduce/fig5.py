@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from horizonplan.probes import cosine
 from horizonplan.reproduce import fig5_claims, fig5_pictures
 from horizonplan.reproduce.cases import Case
@@ -112,12 +114,14 @@ def bench(lab: Lab, case: Case, seed: int) -> Bench:
     horizons = _horizons(case)
     methods = list(dict.fromkeys([*(sliding(h, case.depth) for h in horizons), *FIXED, *again(case.depth)]))
     costs = lab.costs(case, methods, NAME)
-    settings = {**case.settings, "horizons": horizons, "batches": BATCHES, "seed": seed}
+    settings = {**lab.settings(case), "horizons": horizons, "batches": BATCHES, "seed": seed}
 
     def measure() -> dict[str, float]:
         batches = lab.batches(case, seed, BATCHES)
         chain = lab.chain(case, lab.model(case, seed).train(), batches[0])
-        return {str(sample.horizon): sample.value for sample in cosine(chain, batches, horizons)}
+        with torch.random.fork_rng():  # dropout
+            torch.manual_seed(seed)
+            return {str(sample.horizon): sample.value for sample in cosine(chain, batches, horizons)}
 
     cosines = lab.cells.get(f"{NAME}-cosines/{case.name}/seed-{seed}", settings, measure)
     largest = max(costs[sliding(h, case.depth).name].bytes for h in horizons)

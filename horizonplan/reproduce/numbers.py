@@ -55,12 +55,13 @@ def spread(values: Sequence[float]) -> float:
 
 
 def pm(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and spread in words.
+    """Mean and spread in words; one value has no spread.
 
-    >>> pm([1.0, 3.0])
-    '2.00 ±1.41'
+    >>> pm([1.0, 3.0]), pm([0.5])
+    ('2.00 ±1.41', '0.50')
     """
-    return f"{statistics.fmean(values):.{digits}f} ±{spread(values):.{digits}f}"
+    middle = f"{statistics.fmean(values):.{digits}f}"
+    return f"{middle} ±{spread(values):.{digits}f}" if len(values) > 1 else middle
 
 
 def rate(initial: float, reached: float, exact: float) -> float:
