@@ -39,7 +39,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(lab_module, "cases", tiny_cases)
     monkeypatch.setattr(lab_module, "ROUNDS", 1)
     monkeypatch.setattr(lab_module, "SECONDS", 0.0)
-    monkeypatch.setattr(e1, "full_m3", lambda: tiny_cases("small", Sources())["M3"])
+    monkeypatch.setattr(e1, "full_m3", lambda count: replace(tiny_cases("small", Sources())["M3"], batch=count))
     monkeypatch.setattr(e1, "GRID", (1, 2, 3, 5, 6))
     monkeypatch.setattr(e1, "IMAGES", 2)
     monkeypatch.setattr(verses, "USUAL", Path("no text here"))

@@ -4,8 +4,8 @@
 
 The informal statement is an upper bound: 1 - cos^2 is O((1 - h/T)^3). The formal one (Eq. 26) holds h/T fixed while T
 grows, and has a limit above 0: it is what is judged here, as it says more. The theorem bounds the norm of V(t) only.
-Two kinds are tried: a *drift*, V(t) = V for all t, and *zero-mean* V(t), drawn anew for each t. Gradients are those of the
-paper's Eq. 27, and beside them those of disjoint windows.
+Two kinds are tried: a *drift*, V(t) = V for all t, and *zero-mean* V(t), drawn anew for each t. Gradients are those of
+the paper's Eq. 27, and beside them those of disjoint windows.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def run(lab: Lab, out: Path) -> Finding:
         f"their range), one line for each depth; dotted: the power {ORDER}; dashed: disjoint windows, s = h, at the "
         f"largest depth. Right: the power fitted over h/T from {WIDE[0]:g} to {WIDE[1]:g} and from {NEAR[0]:g} to "
         f"{NEAR[1]:g} (only depths that have enough horizons there), mean and deviation over the draws. Computed from "
-        "Eq. 27; nothing is trained, so there is no time to tell. Checkpointed back-propagation has the exact gradient: "
-        "no line."
+        "Eq. 27; nothing is trained: no time to tell. Checkpointed back-propagation has the exact gradient: no "
+        "line."
     )
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows, powers))
 
