@@ -41,6 +41,26 @@ def test_miniature_of_a_figure(miniature, module):
     assert {claim.verdict for claim in found.claims} <= {HOLDS, PARTLY, FAILS, OURS}
 
 
+PINNED = [
+    (e1, "e1.csv", "bytes", {"kind": "s = 1"}, [146004, 186000, 205600, 244800, 264000]),
+    (e1, "e1.csv", "bytes", {"kind": "all windows at once"}, [543204, 563204, 543204, 383204, 243604]),
+    (fig2, "fig2.csv", "1-cos", {"stride": "s = 1", "epoch": "0"}, [0.333752, 0.228659, 0.132324, 0.021367]),
+    (e2, "e2.csv", "loss", {"stride": "s = 1", "epoch": "2"}, [1.20246, 1.18047, 1.15573, 1.12501, 1.12391]),
+    (fig3, "fig3.csv", "bytes", {"kind": "s = 1"}, [134568, 165144, 100516]),
+    (fig4, "fig4.csv", "loss", {"stride": "s = 1", "epoch": "2"}, [2.55707, 2.60932, 2.48825]),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "value", "place", "wanted"), PINNED)
+def test_figures_are_those_that_were_found_before(miniature, module, name, value, place, wanted):
+    """Of M1 at h = 1, 2, 3, 5 and 6, or of the small CNN at h = 1, 3 and 6."""
+    _, folder, run = miniature
+    run(module)
+    place = {"model": "CNN" if module in (fig3, fig4) else "M1", **place}
+    rows = [r for r in table(folder, name) if place.items() <= r.items() and r["h"] != "4"]
+    assert [float(r[value]) for r in rows] == pytest.approx(wanted, rel=0.01)
+
+
 def test_figure_5_s_table_is_pinned_to_the_definitions(miniature):
     """Back-propagation has rate 1; Rel is from 0 to 1 or 1.5, and is that of the paper's five methods only."""
     _, folder, run = miniature
