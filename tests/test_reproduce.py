@@ -13,7 +13,7 @@ from torch import nn
 import horizonplan as hp
 from horizonplan.models import ResidualCNN, ResidualLinear
 from horizonplan.objective import AccuracyConstraint, Weighted
-from horizonplan.reproduce import e1, fig2, fig3, fig5_claims, scoring, selection, theorem
+from horizonplan.reproduce import e1, fig2, fig3, scoring, selection, theorem
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY
 from horizonplan.reproduce.methods import BP, disjoint, sliding
 from horizonplan.reproduce.numbers import line, log_line, ranks, rate
@@ -370,15 +370,6 @@ def test_the_theorem_has_as_many_draws_as_seeds_are_asked_for(tiny, tmp_path, se
     found = theorem.run(make_lab(tmp_path, seeds=seeds), tmp_path)
     assert f"mean over {seeds} draws" in found.caption
     assert ("±" in found.claims[0].found) == (seeds > 1)
-
-
-@pytest.mark.parametrize(
-    ("best", "verdict"), [((3, 3, 6, ""), HOLDS), ((3, 1, 6, 6), FAILS), ((3, 1, 6, ""), PARTLY), (("", ""), FAILS)]
-)
-def test_verdicts_on_the_best_horizon(best, verdict):
-    claim = fig5_claims._middle([{"best h": h, "T": 6} for h in best])
-    assert claim.verdict == verdict
-    assert f"in {best.count('')} more" in claim.found
 
 
 def test_runs_of_one_seed_are_equal_and_a_diverged_one_is_kept(tiny, tmp_path):

@@ -143,6 +143,15 @@ def test_verdicts_on_the_rate(off, verdict):
     assert "M1 1.40 ±0.00" in fig5_claims._cosine(lost).found
 
 
+@pytest.mark.parametrize(
+    ("best", "verdict"), [((3, 3, 6, ""), HOLDS), ((3, 1, 6, 6), FAILS), ((3, 1, 6, ""), PARTLY), (("", ""), FAILS)]
+)
+def test_verdicts_on_the_best_horizon(best, verdict):
+    claim = fig5_claims._middle([{"best h": h, "T": 6} for h in best])
+    assert claim.verdict == verdict
+    assert f"in {best.count('')} more" in claim.found
+
+
 # Verdicts of Figure E2
 
 

@@ -112,8 +112,8 @@ def test_a_model_that_diverges_stops_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module, "cases", wild)
     reproduce(tmp_path, only=["fig2", "e2", "fig5"])
     rows = list(csv.DictReader((tmp_path / "fig5.csv").read_text().splitlines()))
-    assert {row["Rel"] for row in rows if row["model"] == "M2"} == {"1.5"}
-    assert {row["Rel"] for row in rows if row["model"] == "M1"} != {"1.5"}
+    assert {row["Rel of all"] for row in rows if row["model"] == "M2"} == {"1.5"}
+    assert {row["Rel of all"] for row in rows if row["model"] == "M1"} != {"1.5"}
     assert (tmp_path / "report.html").is_file()
 
 
