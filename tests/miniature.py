@@ -2,13 +2,14 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
 from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
-from horizonplan.reproduce import Sources, cases, e1, theorem
+from horizonplan.reproduce import Sources, cases, e1, theorem, verses
 from horizonplan.reproduce import lab as lab_module
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.lab import Lab
@@ -38,9 +39,10 @@ def shrink(monkeypatch):
     monkeypatch.setattr(lab_module, "cases", tiny_cases)
     monkeypatch.setattr(lab_module, "ROUNDS", 1)
     monkeypatch.setattr(lab_module, "SECONDS", 0.0)
-    monkeypatch.setattr(e1, "full_m3", lambda: tiny_cases("small", Sources())["M3"])
+    monkeypatch.setattr(e1, "full_m3", lambda count: replace(tiny_cases("small", Sources())["M3"], batch=count))
     monkeypatch.setattr(e1, "GRID", (1, 2, 3, 5, 6))
     monkeypatch.setattr(e1, "IMAGES", 2)
+    monkeypatch.setattr(verses, "USUAL", Path("no text here"))
     monkeypatch.setattr(theorem, "DEPTHS", (32, 128))
     monkeypatch.setattr(theorem, "SEEDS", 2)
 

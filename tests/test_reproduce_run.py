@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from miniature import shrink, tiny_cases
+import torch
+from miniature import make_lab, shrink, tiny_cases, write_cifar
 from typer.testing import CliRunner
 
 from horizonplan.cli import app
@@ -17,7 +18,9 @@ from horizonplan.reproduce import EXPERIMENTS, Claim, Finding, Sources, reproduc
 from horizonplan.reproduce import lab as lab_module
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import FAILS, HOLDS, OURS, PARTLY
+from horizonplan.reproduce.lab import Lab
 from horizonplan.reproduce.report import page, write_claims
+from horizonplan.reproduce.run import _claim_folder, _identity, check
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "horizonplan" / "reproduce"
@@ -43,8 +46,9 @@ def test_cell_that_fails_leaves_nothing_and_a_broken_file_is_not_believed(tmp_pa
     with pytest.raises(KeyError):
         cells.get("a", {}, lambda: {}["missing"])
     assert not list(tmp_path.rglob("*"))
-    (tmp_path / "a.json").write_text('{"value": 3')
-    assert cells.get("a", {}, lambda: 4) == 4
+    for broken in (b'{"value": 3', b"\xff\xfe\x00"):
+        (tmp_path / "a.json").write_bytes(broken)
+        assert cells.get("a", {}, lambda: 4) == 4
     assert json.loads((tmp_path / "a.json").read_text())["value"] == 4
 
 
@@ -76,13 +80,12 @@ def test_whole_run_stops_goes_on_and_writes_its_page(tiny, tmp_path):
         if len([entry for entry in lines if entry.endswith(" s")]) == 6:
             raise KeyboardInterrupt
 
-    settings = {"sources": Sources(text=tmp_path)}
     with pytest.raises(KeyboardInterrupt):
-        reproduce(out, report=stop_after_six, **settings)
+        reproduce(out, report=stop_after_six)
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("cells/**/*.json")}
     assert len(kept) == 6
 
-    found = reproduce(out, **settings)
+    found = reproduce(out)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert [f.name for f in found] == list(EXPERIMENTS)
     for finding in found:
@@ -93,7 +96,7 @@ def test_whole_run_stops_goes_on_and_writes_its_page(tiny, tmp_path):
     assert all(f"id='{name}'" in html for name in EXPERIMENTS)
 
     again = []
-    assert reproduce(out, only=["fig5"], report=again.append, **settings)[0] == found[-1]
+    assert reproduce(out, only=["fig5"], report=again.append)[0] == found[-1]
     assert not [line for line in again if line.endswith(" s")]  # nothing was computed
     assert (out / "report.html").read_text().count("<h2 id=") == len(EXPERIMENTS)  # what was there stays
 
@@ -107,10 +110,10 @@ def test_a_model_that_diverges_stops_nothing(tiny, tmp_path, monkeypatch):
         return {**found, "M2": replace(found["M2"], learning_rate=1e9)}
 
     monkeypatch.setattr(lab_module, "cases", wild)
-    reproduce(tmp_path, only=["fig2", "e2", "fig5"], sources=Sources(text=tmp_path))
+    reproduce(tmp_path, only=["fig2", "e2", "fig5"])
     rows = list(csv.DictReader((tmp_path / "fig5.csv").read_text().splitlines()))
-    assert {row["Rel"] for row in rows if row["model"] == "M2"} == {"1.5"}
-    assert {row["Rel"] for row in rows if row["model"] == "M1"} != {"1.5"}
+    assert {row["Rel of all"] for row in rows if row["model"] == "M2"} == {"1.5"}
+    assert {row["Rel of all"] for row in rows if row["model"] == "M1"} != {"1.5"}
     assert (tmp_path / "report.html").is_file()
 
 
@@ -151,14 +154,18 @@ NAMES = re.compile(
 EXACT_ENDS = re.compile(r"1 - |, 0 is the best, 1 the worst")
 
 
+ASSIGNED = "caption", "figures", "size", "sizes", "why"
+ARGUMENTS = "found", "rule", "sizes", "source", "title"
+
+
 def typed_numbers(path):
     """Digits in the fixed parts of captions, rules and figures; names of the paper's and formulas are none."""
     tree = ast.parse(path.read_text())
-    spoken = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg in ("found", "rule")]
+    spoken = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg in ARGUMENTS]
     spoken += [
         node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("caption", "figures")
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ASSIGNED
     ]
     for value in spoken:
         formats = {id(n) for f in ast.walk(value) if isinstance(f, ast.FormattedValue) for n in ast.walk(f)}
@@ -174,7 +181,7 @@ def test_claims_in_markdown_keep_to_their_columns(tmp_path):
     assert path.read_text().splitlines()[2] == r"| name | a \| b | holds | \|r - cos²\| is 3 \* 2 |"
 
 
-@pytest.mark.parametrize("name", [*EXPERIMENTS, "fig5_claims"])
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "fig5_claims", "cases"])
 def test_claims_and_captions_have_no_typed_numbers(name):
     assert not list(typed_numbers(SOURCE / f"{name}.py"))
 
@@ -203,6 +210,52 @@ def test_wrong_arguments(tmp_path, arguments, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         reproduce(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_device_that_computes_nothing_is_refused_first(tmp_path, device):
+    with pytest.raises(ValueError, match=f"device='{device}': .*horizonplan doctor"):
+        reproduce(tmp_path / "out", only=["theorem"], device=device)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cifar_is_looked_for_only_where_it_is_needed(tiny, tmp_path):
+    reproduce(tmp_path, only=["theorem"], sources=Sources(images=Path("/nowhere")))
+    with pytest.raises(ValueError, match="CIFAR-10"):
+        check(["fig3"], "small", Sources(images=Path("/nowhere")), None)
+
+
+def test_a_wrong_text_is_refused_where_it_is_needed(tmp_path):
+    with pytest.raises(ValueError, match=r"text='/nowhere': .*--text FOLDER.*fig4"):
+        check(["fig4"], "small", Sources(text=Path("/nowhere")), None)
+    check(["theorem"], "small", Sources(text=Path("/nowhere")), None)
+
+
+def test_a_folder_belongs_to_one_cifar_wherever_it_lies(tmp_path):
+    for name, last in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        write_cifar(tmp_path / name / "cifar-10-batches-bin", 10, binary=True)
+        with (tmp_path / name / "cifar-10-batches-bin" / "test_batch.bin").open("ab") as file:
+            file.write(bytes([last]))
+    identity = {
+        name: _identity(["e2"], "small", Sources(images=tmp_path / name), torch.device("cpu")) for name in "abc"
+    }
+    assert identity["a"] == identity["b"]
+    _claim_folder(tmp_path, _identity(["theorem"], "small", Sources(images=tmp_path / "c"), torch.device("cpu")))
+    _claim_folder(tmp_path, identity["a"])
+    _claim_folder(tmp_path, identity["b"])
+    with pytest.raises(ValueError, match=r"CIFAR-10.*another folder"):
+        _claim_folder(tmp_path, identity["c"])
+
+
+def test_cells_of_another_device_or_other_data_are_not_believed(tiny, tmp_path):
+    lab = make_lab(tmp_path)
+    case = lab.case("M1")
+    wanted = lab.settings(case)
+    assert Lab("small", lab.sources, lab.cells, device=torch.device("cuda")).settings(case) != wanted
+    assert lab.settings(replace(case, source="of something else")) != wanted
+    assert lab.settings(replace(case, origin=lambda: "0123")) != wanted
+    assert lab.settings(replace(case)) == wanted
 
 
 def test_a_folder_belongs_to_one_scale(tiny, tmp_path):

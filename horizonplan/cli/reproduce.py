@@ -13,9 +13,12 @@ from horizonplan.reproduce import reproduce as run_experiments
 
 DATA_VARIABLE = "HORIZONPLAN_CIFAR"
 ONLY = f"Experiments, with commas between: {', '.join(EXPERIMENTS)}. Default: all."
-SCALE = "small: under 30 minutes on two cores. paper: the paper's sizes; for a GPU, and CIFAR is needed."
+SCALE = "small: about 30 minutes of process time on one core. paper: the paper's sizes; for a GPU, and CIFAR is needed."
 OUT = "Folder for pictures, tables and report.html. Start again with the same folder to go on after a kill."
-SEEDS = "Runs of each method. Default: 3 of M1 and M2, 2 of the others."
+SEEDS = (
+    "Runs of each method, and draws of the theorem. Default: 3 of M1 and M2, 1 of ResNet-50 and ViT-B/16, 2 of the "
+    "others, 5 draws."
+)
 DATA = f"Folder with CIFAR-10 (and CIFAR-100), unpacked. Default: ${DATA_VARIABLE}; without it, digits of MNIST."
 TEXT = "Folder with MiniLM and the King James verses. Default: examples/data."
 WEIGHTS = "Folder with resnet-50 and vit-base-patch16-224, for --scale paper."

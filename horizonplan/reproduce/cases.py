@@ -18,12 +18,14 @@ from torch.utils.data import Dataset
 
 from horizonplan.batch import LossFunction
 from horizonplan.models import ResidualCNN, ResidualLinear, ResidualMLP
-from horizonplan.reproduce import generators, pretrained, verses
+from horizonplan.reproduce import cifar, generators, pretrained, verses
 from horizonplan.reproduce.images import images, source
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
 IMAGES: dict[Scale, tuple[int, int]] = {"small": (800, 400), "paper": (45_000, 10_000)}  # training, validation
+WIDTH, DEPTH = 10, 13  # of M1 and M2, stem and head not counted
+RESNETS: dict[Scale, tuple[tuple[int, ...], int]] = {"small": ((4, 8, 16), 3), "paper": ((16, 32, 64), 10)}  # M3
 HUNDRED = (50_000, 10_000)  # of CIFAR-100
 
 
@@ -42,7 +44,7 @@ class Case:
     Attributes:
         name: M1, M2, M3, ...
         title: what it is.
-        sizes: depth, width and the number of samples, in words.
+        sizes: what the blocks are and the number of samples, in words that follow the number T.
         source: what the samples are, in words.
         make: the network, with fresh random weights (seed torch before).
         data: loads the data.
@@ -55,6 +57,7 @@ class Case:
         disjoint: those of them that are trained with stride h, too.
         seeds: how many runs with other weights and another order, where nothing else is asked for.
         classes: whether targets are classes, so that there is an accuracy.
+        origin: a fingerprint of the user's files that go in; ``None`` if none do.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Case:
     disjoint: tuple[int, ...]
     seeds: int
     classes: bool
+    origin: Callable[[], str | None] = lambda: None
 
     @property
     def depth(self) -> int:
@@ -81,14 +85,19 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the outcome of training, for the cells."""
-        names = "name", "sizes", "learning_rate", "batch", "epochs", "optimizer"
-        return {name: getattr(self, name) for name in names}
+        names = "name", "depth", "sizes", "source", "learning_rate", "batch", "epochs", "optimizer"
+        return {name: getattr(self, name) for name in names} | {"origin": self.origin()}
+
+    @property
+    def network(self) -> str:
+        """Depth and sizes in words."""
+        return f"T = {self.depth} {self.sizes}"
 
     @property
     def words(self) -> str:
         """The network and its training in words, for captions."""
         rule = f"{self.optimizer} {self.learning_rate:g}, batches of {self.batch}, {self.epochs} epochs"
-        return f"{self.name} ({self.title}: {self.sizes} {self.source}; {rule})"
+        return f"{self.name} ({self.title}: {self.network} {self.source}; {rule})"
 
 
 @dataclass(frozen=True)
@@ -123,16 +132,16 @@ def _m1(scale: Scale) -> Case:
     return Case(
         name="M1",
         title="residual linear network",
-        sizes=f"T = 13 blocks of width 10 between linear stem and head, {samples:,} samples",
+        sizes=f"blocks of width {WIDTH} between linear stem and head, {samples:,} samples",
         source="of y = W x",
-        make=lambda: ResidualLinear(10, 10, 10, 13),
+        make=lambda: ResidualLinear(WIDTH, WIDTH, WIDTH, DEPTH),
         data=lambda: Data(generators.linear(samples, 0), generators.linear(held, 1)),
         loss=F.mse_loss,
         learning_rate=0.03,
         batch=100,
         epochs=40,
         optimizer="SGD",
-        horizons=(1, 2, 3, 5, 8, 11, 13),
+        horizons=(1, 2, 3, 5, 8, 11, DEPTH),
         disjoint=(2, 3, 5, 8),
         seeds=3,
         classes=False,
@@ -141,14 +150,20 @@ def _m1(scale: Scale) -> Case:
 
 def _m2(scale: Scale) -> Case:
     small = scale == "small"
-    samples, held, learning_rate = (2_000, 1_000, 0.1) if small else (100_000, 10_000, 0.01)
-    why = " (ten times the paper's rate, as there is a fiftieth of its samples)" if small else ""
+    theirs, their_rate = 100_000, 0.01
+    samples, held, learning_rate = (2_000, 1_000, 0.1) if small else (theirs, 10_000, their_rate)
+    why = (
+        f" ({learning_rate / their_rate:g} times the paper's rate, as its samples are {theirs / samples:g} times as "
+        "many)"
+        if small
+        else ""
+    )
     return replace(
         _m1(scale),
         name="M2",
         title="residual MLP",
         sizes=(
-            f"T = 13 blocks of width 10 between linear stem and head, initial block weights divided by √T, {samples:,} "
+            f"blocks of width {WIDTH} between linear stem and head, initial block weights divided by √T, {samples:,} "
             "samples"
         ),
         source=f"of cosines and sines{why}",
@@ -160,7 +175,7 @@ def _m2(scale: Scale) -> Case:
 
 def _mlp() -> nn.Module:
     """M2 with smaller blocks at the start: with torch's initial weights back-propagation diverges for some seeds."""
-    model = ResidualMLP(1, 10, 4, 13)
+    model = ResidualMLP(1, WIDTH, 4, DEPTH)
     with torch.no_grad():
         for block in model.blocks.children():
             block.get_submodule("linear").get_parameter("weight").mul_(len(model.blocks) ** -0.5)
@@ -169,13 +184,13 @@ def _mlp() -> nn.Module:
 
 def _m3(scale: Scale, sources: Sources) -> Case:
     small = scale == "small"
-    channels, blocks = ((4, 8, 16), 3) if small else ((16, 32, 64), 10)
+    channels, blocks = RESNETS[scale]
     count, held = IMAGES[scale]
     layers = 2 * blocks * len(channels) + 2
     return Case(
         name="M3",
         title=f"ResNet-{layers}",
-        sizes=f"T = {blocks * len(channels)} blocks, channels {'/'.join(map(str, channels))}, {count:,} images",
+        sizes=_of_images(scale, count),
         source=source(sources.images, 10),
         make=lambda: ResidualCNN(3, channels, blocks),
         data=lambda: Data(*images(sources.images, 10, count, held)),
@@ -188,12 +203,17 @@ def _m3(scale: Scale, sources: Sources) -> Case:
         disjoint=(2, 3, 5) if small else (2, 3, 5, 10, 15),
         seeds=2,
         classes=True,
+        origin=lambda: None if sources.images is None else cifar.origin(sources.images, 10),
     )
 
 
-def full_m3() -> Case:
-    """The whole ResNet-62, for measurements of one step."""
-    return _m3("paper", Sources())
+def full_m3(count: int) -> Case:
+    """The whole ResNet-62 of the paper, for measurements of one step on so many images."""
+    return replace(_m3("paper", Sources()), batch=count, sizes=_of_images("paper", count))
+
+
+def _of_images(scale: Scale, count: int) -> str:
+    return f"blocks, channels {'/'.join(map(str, RESNETS[scale][0]))}, {count:,} images"
 
 
 def _cnn(sources: Sources) -> Case:
@@ -205,8 +225,8 @@ def _lora(sources: Sources) -> Case:
     training, held = 320, 160
     return Case(
         name="MiniLM",
-        title="LoRA of rank 8 on a pre-trained MiniLM",
-        sizes=f"T = 6 layers, {training} verses of {verses.TOKENS} tokens",
+        title=f"LoRA of rank {pretrained.RANK} on a pre-trained MiniLM",
+        sizes=f"layers, {training} verses of {verses.TOKENS} tokens",
         source="of the King James text: which testament?",
         make=lambda: verses.classifier(sources.text),
         data=lambda: Data(*verses.data(sources.text, training, held)),
@@ -219,6 +239,7 @@ def _lora(sources: Sources) -> Case:
         disjoint=(2, 3),
         seeds=2,
         classes=True,
+        origin=lambda: verses.origin(sources.text),
     )
 
 
@@ -240,19 +261,28 @@ def pretrained_cases(sources: Sources) -> list[Case]:
         Case(
             name="ResNet-50",
             title="full fine-tuning",
-            sizes=f"T = 16 blocks, {size}",
+            sizes=f"blocks, {size}",
             make=lambda: pretrained.resnet50(sources.weights),
             horizons=(1, 2, 4, 6, 8, 10, 12, 14, 16),
             disjoint=(2, 4, 8),
+            origin=lambda: _origin(sources, pretrained.RESNET),
             **both,
         ),
         Case(
             name="ViT-B/16",
             title=f"LoRA of rank {pretrained.RANK}",
-            sizes=f"T = 12 layers, {size}",
+            sizes=f"layers, {size}",
             make=lambda: pretrained.vit(sources.weights),
             horizons=(1, 2, 3, 4, 6, 8, 10, 12),
             disjoint=(2, 3, 4, 6),
+            origin=lambda: _origin(sources, pretrained.VIT),
             **both,
         ),
     ]
+
+
+def _origin(sources: Sources, name: str) -> str | None:
+    """Of CIFAR-100 and a pre-trained network; ``None`` without a folder of CIFAR (its data cannot be loaded either)."""
+    if sources.images is None:
+        return None
+    return f"{cifar.origin(sources.images, 100)} {pretrained.origin(sources.weights, name)}"

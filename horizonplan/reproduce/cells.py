@@ -80,7 +80,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A cell's file; ``None`` if there is none, or what is there is no cell."""
     try:
         kept = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # no JSON, or bytes that are no text
         return None
     is_cell = isinstance(kept, dict) and kept.keys() >= {"settings", "process_seconds", "value"}
     return kept if is_cell else None

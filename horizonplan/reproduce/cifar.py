@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from horizonplan.reproduce.origin import fingerprint
+
 PIXELS = 3 * 32 * 32
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -74,6 +76,16 @@ def load(folder: str | Path, classes: int = 10) -> tuple[tuple[Tensor, Tensor], 
     mean, deviation = pixels.mean(dim=(0, 2, 3), keepdim=True), pixels.std(dim=(0, 2, 3), keepdim=True)
     training, test = (((images - mean) / deviation, labels) for images, labels in parts)
     return training, test
+
+
+def origin(folder: Path, classes: int) -> str:
+    """The fingerprint of a data set's files.
+
+    Raises:
+        CifarError: they are not there.
+    """
+    form, place = find(folder, classes)
+    return fingerprint(*(place / name for name in (*form.training, form.test)))
 
 
 def find(folder: Path, classes: int) -> tuple[_Form, Path]:

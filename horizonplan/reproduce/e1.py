@@ -42,8 +42,7 @@ def measured(lab: Lab) -> list[tuple[Case, tuple[int, ...]]]:
         few = TensorDataset(pixels, torch.arange(IMAGES) % 10)
         return Data(few, few)
 
-    sizes = f"T = 30 blocks, channels 16/32/64, {IMAGES} images"
-    m3 = replace(full_m3(), name="M3-whole", batch=IMAGES, sizes=sizes, source="of random pixels", data=noise)
+    m3 = replace(full_m3(IMAGES), name="M3-whole", source="of random pixels", data=noise)
     return [*((case, tuple(range(1, case.depth + 1))) for case in map(lab.case, ("M1", "M2"))), (m3, GRID)]
 
 
@@ -59,7 +58,7 @@ def run(lab: Lab, out: Path) -> Finding:
             *map(checkpointed, periods),
         ]
         costs = lab.costs(case, methods, NAME)
-        settings = {**case.settings, "horizons": grid}
+        settings = {**lab.settings(case), "horizons": grid}
         static = lab.cells.get(f"{NAME}-static/{case.name}", settings, partial(static_bytes, lab, case, grid))
         rows += [_row(case, "s = 1", h, costs[sliding(h, case.depth).name], costs[BP.name]) for h in grid]
         rows += [_row(case, "s = h", h, costs[disjoint(h).name], costs[BP.name]) for h in middle]
@@ -72,7 +71,7 @@ def run(lab: Lab, out: Path) -> Finding:
         ]
     _draw(rows, out / f"{NAME}.png")
     words = "; ".join(
-        f"{case.name.removesuffix('-whole')}: {case.sizes} {case.source}, batch {case.batch}"
+        f"{case.name.removesuffix('-whole')}: {case.network} {case.source}, batch {case.batch}"
         for case, _ in measured(lab)
     )
     caption = (

@@ -39,9 +39,9 @@ def run(lab: Lab, out: Path) -> Finding:
     rows: list[dict[str, Any]] = []
     for case in map(lab.case, MODELS):
         for seed in lab.seeds_of(case):
-            own = {"epochs": EPOCHS, "batches": BATCHES, "horizons": horizons(case), "strides": STRIDES, "seed": seed}
+            own = {"after": EPOCHS, "batches": BATCHES, "horizons": horizons(case), "strides": STRIDES, "seed": seed}
             name = f"{NAME}/{case.name}/seed-{seed}"
-            rows += lab.cells.get(name, {**case.settings, **own}, partial(angles, lab, case, seed))
+            rows += lab.cells.get(name, {**lab.settings(case), **own}, partial(angles, lab, case, seed))
     fits = [
         {"model": model, "epoch": epoch, "seed": seed, **_fit(rows, model, epoch, seed)}
         for model, epoch, seed in dict.fromkeys((r["model"], r["epoch"], r["seed"]) for r in rows)
@@ -53,7 +53,7 @@ def run(lab: Lab, out: Path) -> Finding:
         f"1 - cos(θ) of the gradients of horizon h and of back-propagation, over all blocks, mean over {BATCHES} "
         "batches and the seeds (bars: the seeds' range), while the network is trained with back-propagation. Dashed: "
         "disjoint windows, s = h, before training and after the last epoch. Checkpointed back-propagation has the "
-        f"exact gradient: no line. {words}."
+        f"exact gradient: no line. All lines are of the same training runs: no time. {words}."
     )
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows, fits))
 
@@ -63,9 +63,18 @@ def angles(lab: Lab, case: Case, seed: int) -> list[dict[str, Any]]:
     model = lab.model(case, seed)
     batches = lab.batches(case, seed, BATCHES)
     rows: list[dict[str, Any]] = []
+    lost = False  # no angle any more: a loss that is not finite, a gradient that vanishes
 
     def measure(chain: Any, epoch: int) -> None:
-        for sample in cosine(chain, batches, horizons(case), STRIDES):
+        nonlocal lost
+        try:
+            samples = () if lost else cosine(chain, batches, horizons(case), STRIDES)
+        except ValueError:
+            if epoch == 0:  # nothing has been trained: the network or its data are wrong
+                raise
+            lost = True
+            return
+        for sample in samples:
             stride = "s = 1" if sample.stride == 1 else "s = h"
             found = {"epoch": epoch, "stride": stride, "h": sample.horizon, "T-h": case.depth - sample.horizon}
             rows.append({"model": case.name, "seed": seed, **found, "1-cos": 1 - sample.value})

@@ -41,7 +41,7 @@ class Lab:
         scale: ``"small"`` or ``"paper"``.
         sources: where the user's files lie.
         cells: what is finished.
-        seeds: runs of each method; ``None``: as many as each case has.
+        seeds: runs of each method, draws of the theorem; ``None``: as many as each case has.
         device: where to train.
     """
 
@@ -67,6 +67,10 @@ class Lab:
     def words(self, cases: Sequence[Case]) -> str:
         """The cases, their training and their seeds, for captions."""
         return "; ".join(f"{case.words}, seeds: {len(self.seeds_of(case))}" for case in cases)
+
+    def settings(self, case: Case) -> dict[str, Any]:
+        """What decides the outcome of work on a case, for the cells: the case, the user's files, the kind of device."""
+        return {**case.settings, "device": self.device.type}
 
     def seeds_of(self, case: Case) -> range:
         """The seeds that a case is run with."""
@@ -102,7 +106,7 @@ class Lab:
 
     def run(self, case: Case, method: Method, seed: int) -> Run:
         """Train a case with a method (a cell)."""
-        settings = {**case.settings, "method": str(method.schedule(case.depth)), "seed": seed}
+        settings = {**self.settings(case), "method": str(method.schedule(case.depth)), "seed": seed}
         name = f"runs/{case.name}/batch-{case.batch}/{method.name}/seed-{seed}"
         return Run(**self.cells.get(name, settings, lambda: self._train(case, method, seed)))
 
@@ -113,7 +117,7 @@ class Lab:
     def costs(self, case: Case, methods: Sequence[Method], name: str = "costs") -> dict[str, Cost]:
         """What one step of each method costs, on one batch and the weights of seed 0 (a cell)."""
         names = [str(method.schedule(case.depth)) for method in methods]
-        settings = {**case.settings, "methods": names, "rounds": ROUNDS, "seconds": SECONDS}
+        settings = {**self.settings(case), "methods": names, "rounds": ROUNDS, "seconds": SECONDS}
         found = self.cells.get(f"{name}/{case.name}/batch-{case.batch}", settings, lambda: self._costs(case, methods))
         return {method: Cost(**values) for method, values in found.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,16 +55,33 @@ def spread(values: Sequence[float]) -> float:
 
 
 def pm(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and spread in words.
+    """Mean and spread in words; one value has no spread.
 
-    >>> pm([1.0, 3.0])
-    '2.00 ±1.41'
+    >>> pm([1.0, 3.0]), pm([0.5])
+    ('2.00 ±1.41', '0.50')
     """
-    return f"{statistics.fmean(values):.{digits}f} ±{spread(values):.{digits}f}"
+    middle = f"{statistics.fmean(values):.{digits}f}"
+    return f"{middle} ±{spread(values):.{digits}f}" if len(values) > 1 else middle
 
 
 def rate(initial: float, reached: float, exact: float) -> float:
-    """Eq. 14: ``ln(J_h / J_0) / ln(J_T / J_0)``; minus infinity where a run broke off."""
-    if not (math.isfinite(reached) and math.isfinite(exact)):
+    """Eq. 14: ``ln(J_h / J_0) / ln(J_T / J_0)``, for losses that are never negative.
+
+    Where back-propagation does not lower the loss, or lowers it to 0, the equation compares nothing (its sign turns, or
+    it divides by 0).
+
+    Args:
+        initial: J_0, the loss before the first step.
+        reached: J_h; 0 counts as the smallest positive number, infinity is a run that broke off.
+        exact: J_T, what back-propagation reached.
+
+    Returns:
+        The rate; minus infinity where a run broke off, and unless ``0 < exact < initial``.
+
+    >>> rate(1.0, 0.1, 0.01), rate(1.0, 4.0, 2.0)
+    (0.5, -inf)
+    """
+    if not (math.isfinite(initial) and math.isfinite(reached) and 0 < exact < initial):
         return -math.inf
-    return math.log(reached / initial) / math.log(exact / initial)
+    decrease = math.log(max(reached, sys.float_info.min)) - math.log(initial)
+    return decrease / (math.log(exact) - math.log(initial))

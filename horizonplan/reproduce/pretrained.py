@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from horizonplan.reproduce.origin import fingerprint
+
 CLASSES, SIDE, RANK = 100, 224, 8
 RESNET, VIT = "resnet-50", "vit-base-patch16-224"
 QUERY_AND_VALUE = r".*\.(query|value|q_proj|v_proj)"  # their names differ between models and versions
@@ -94,6 +96,15 @@ def with_lora(model: nn.Module, trained: list[str]) -> nn.Module:
         made: Any = peft.get_peft_model(model, config)
     inner: nn.Module = made.base_model.model
     return inner
+
+
+def origin(folder: Path | None, name: str) -> str:
+    """The fingerprint of one network's files.
+
+    Raises:
+        WeightsError: they are not there.
+    """
+    return fingerprint(check(folder) / name)
 
 
 def check(folder: Path | None) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from horizonplan.reproduce import cifar, e1, e2, fig2, fig3, fig4, fig5, pretrained, style, theorem
+from horizonplan.reproduce import cifar, e1, e2, fig2, fig3, fig4, fig5, pretrained, style, theorem, verses
 from horizonplan.reproduce.cases import SCALES, Scale, Sources
 from horizonplan.reproduce.cells import Cells
 from horizonplan.reproduce.findings import Finding
@@ -45,7 +45,7 @@ def reproduce(
         only: names of EXPERIMENTS; ``None``: all.
         scale: ``"small"``, minutes on two cores, or ``"paper"``, the paper's sizes.
         sources: where the user's files lie.
-        seeds: runs of each method; ``None``: two or three, as the captions say.
+        seeds: runs of each method, and draws of the theorem; ``None``: as many as each case has (captions say).
         device: where to train.
         report: called with a line for each piece of work.
 
@@ -53,19 +53,21 @@ def reproduce(
         What was found, in the order of the paper. The page also has what earlier runs left in ``out``.
 
     Raises:
-        ValueError: an argument is wrong, files of the user's are missing, or ``out`` belongs to another run.
+        ValueError: an argument is wrong, there is no such device, files of the user's are missing, or ``out`` belongs
+            to another run.
     """
     names, sources, folder = chosen(only), sources or Sources(), Path(out)
+    place = usable(device)
     check(names, scale, sources, seeds)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, scale, sources)
+    _claim_folder(folder, _identity(names, scale, sources, place))
     steps = iter(range(1, len(names) + 1))
     at = ""
 
     def say(line: str) -> None:
         report(f"[{at}] {line}")
 
-    lab = Lab(scale, sources, Cells(folder / "cells", say), seeds, torch.device(device))
+    lab = Lab(scale, sources, Cells(folder / "cells", say), seeds, place)
     found = []
     for module in (m for m in MODULES if m.NAME in names):
         at = f"{module.NAME}, {next(steps)}/{len(names)}"
@@ -102,29 +104,61 @@ def check(names: Sequence[str], scale: str, sources: Sources, seeds: int | None)
         raise ValueError(f"scale={scale!r}: choose from {', '.join(SCALES)}.")
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds={seeds}: give at least 1.")
-    if sources.images is not None:
+    trained, tuned = _TRAINED & set(names), _TUNED & set(names)
+    if sources.images is not None and (trained or (tuned and scale == "small")):
         cifar.find(sources.images, 10)
+    if scale == "small" and tuned and sources.text is not None and (reason := verses.missing(sources.text)):
+        raise verses.TextError(f"text={str(sources.text)!r}: {reason}, or leave {', '.join(sorted(tuned))} out (only).")
     if scale == "paper":
-        if sources.images is None and (needs := (_TRAINED | _TUNED) & set(names)):
+        if sources.images is None and (needs := trained | tuned):
             raise cifar.CifarError(
                 f"data: scale 'paper' trains on CIFAR in {', '.join(sorted(needs))}; give its folder, --data FOLDER, "
                 "or leave these out with --only."
             )
-        if sources.images is not None and _TUNED & set(names):
+        if sources.images is not None and tuned:
             cifar.find(sources.images, 100)
             pretrained.check(sources.weights)
 
 
-def _claim_folder(folder: Path, scale: str, sources: Sources) -> None:
-    """Keep results of different sizes and data apart."""
-    wanted = {"scale": scale, "images": "MNIST" if sources.images is None else "CIFAR"}
+def usable(device: str | torch.device) -> torch.device:
+    """The device, tried with one number.
+
+    Raises:
+        ValueError: there is no such device, or nothing can be computed on it.
+    """
+    try:
+        found = torch.device(device)
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r}: {reason}; `horizonplan doctor` lists what there is.") from error
+    return found
+
+
+def _identity(names: Sequence[str], scale: str, sources: Sources, device: torch.device) -> dict[str, str]:
+    """What a folder's results must have in common: scale, device, and the user's files as far as they are used."""
+    trained, tuned = _TRAINED & set(names), _TUNED & set(names)
+    found = {"scale": scale, "device": device.type}
+    if trained or (tuned and scale == "small"):
+        found["images"] = "MNIST" if sources.images is None else f"CIFAR-10 {cifar.origin(sources.images, 10)}"
+    if scale == "small" and tuned and (text := verses.origin(sources.text)):
+        found["text"] = text
+    if scale == "paper" and tuned and sources.images is not None:
+        found["CIFAR-100"] = cifar.origin(sources.images, 100)
+        found |= {name: pretrained.origin(sources.weights, name) for name in (pretrained.RESNET, pretrained.VIT)}
+    return found
+
+
+def _claim_folder(folder: Path, wanted: dict[str, str]) -> None:
+    """Keep results of different sizes, devices and data apart; what no run has used yet is free."""
     path = folder / SETTINGS
-    if not path.exists():
-        write(path, json.dumps(wanted).encode())
-    elif (kept := json.loads(path.read_text())) != wanted:
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if others := {name: value for name, value in kept.items() if wanted.get(name, value) != value}:
         raise ValueError(
-            f"out={str(folder)!r}: it holds a run with {kept}, this one has {wanted}; give another folder."
+            f"out={str(folder)!r}: it holds a run with {others}, this one has "
+            f"{ {name: wanted[name] for name in others} }; give another folder."
         )
+    write(path, json.dumps(kept | wanted).encode())
 
 
 def _all(folder: Path) -> list[Finding]:
@@ -134,10 +168,8 @@ def _all(folder: Path) -> list[Finding]:
 
 def _facts(lab: Lab) -> dict[str, str]:
     seconds = lab.cells.seconds()
-    seeds = "as many as each case has (see the captions)" if lab.seeds is None else str(lab.seeds)
     return {
         "scale": lab.scale,
-        "seeds": seeds,
         "finished": (
             f"{len(seconds)} cells, {lab.cells.computed} of them computed by the last call; all together "
             f"{sum(seconds) / 60:.1f} minutes of process time when they were computed"

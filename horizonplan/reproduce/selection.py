@@ -1,4 +1,8 @@
-"""The paper's Algorithm 1 to the letter: two polynomials through a few measurements, then brute force."""
+"""The paper's Algorithm 1: two polynomials through a few measurements, then brute force.
+
+It is to the letter but for two things that the paper leaves open. A fitted cosine beyond 1 counts as 1. A negative one
+has the rate 0: its square would make a direction that climbs as good as one that descends.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,8 @@ def algorithm_1(
 ) -> int:
     """Fit memory by a line (Eq. 16) and the cosine by a cubic (Eq. 15), r = cos^2 (Eq. 14), then the best horizon.
 
-    The fits are the paper's, without a pin at h = T. A fitted cosine beyond 1 counts as 1.
+    The fits are the paper's, without a pin at h = T. A fitted cosine counts as the nearest number from -1 to 1, and
+    where it is negative r is 0.
 
     Args:
         memory: bytes at the measured horizons.
@@ -44,7 +49,7 @@ def algorithm_1(
     rows = []
     for h in range(1, depth + 1):
         angle = min(1.0, max(-1.0, cosine_at(h)))
-        rows.append(Row(horizon=h, memory_bytes=max(0, round(bytes_at(h))), cosine=angle, rate=angle**2))
+        rows.append(Row(horizon=h, memory_bytes=max(0, round(bytes_at(h))), cosine=angle, rate=max(0.0, angle) ** 2))
     try:
         return select(rows, objective, cost).horizon
     except InfeasibleError as error:

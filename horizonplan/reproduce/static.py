@@ -1,7 +1,8 @@
 """The horizon gradient in the paper's *static mode*: every window's graph is alive at once (Appendix E.1).
 
 It is the same gradient as :func:`horizonplan.horizon_backward`'s, and the trap that an implementation must avoid: T-h+1
-windows of h blocks are O(h(T-h+1)) graphs, where one window at a time needs h.
+windows of h blocks are O(h(T-h+1)) graphs, where one window at a time needs h. Nothing else is kept: at h = T there is
+one window, and its memory is back-propagation's.
 """
 
 from __future__ import annotations
@@ -25,29 +26,42 @@ def static_backward(model: Any, batch: tuple[Tensor, Tensor], loss: LossFunction
         loss: of output and target.
         horizon: blocks that each gradient looks ahead, 1 to the number of blocks.
     """
+    windows = _windows(model, batch, loss, horizon)
+    while windows:
+        value, parameters = windows.pop()  # so that a graph that was pulled is freed
+        torch.autograd.backward(value, inputs=parameters)
+
+
+def _windows(
+    model: Any, batch: tuple[Tensor, Tensor], loss: LossFunction, horizon: int
+) -> list[tuple[Tensor, list[nn.Parameter]]]:
+    """The loss at the end of each window, the graph behind it, and the parameters that it trains; the first last."""
     depth = len(model.blocks)
-    states = _states(model, batch[0])
-    wanted: list[tuple[Tensor, list[nn.Parameter]]] = []
-    for first in range(depth - horizon + 1):
+    starts, shape = _starts(model, batch[0], depth - horizon)
+    found: list[tuple[Tensor, list[nn.Parameter]]] = []
+    for first in reversed(range(depth - horizon + 1)):
         last = first + horizon == depth
-        x = states[first] if first else model.stem(batch[0])
+        x = starts.pop() if first else model.stem(batch[0])
         for block in model.blocks[first : first + horizon]:
             x = block(x)
-        output = _output(model, x, tuple(states[-1].shape))
+        output = _output(model, x, shape)
         trained = [*model.blocks[first:]] if last else [model.blocks[first]]
         trained += [model.stem] if first == 0 else []
         trained += [model.head] if last else []
-        wanted.append((loss(output, batch[1]), [p for module in trained for p in module.parameters()]))
-    for value, parameters in wanted:
-        torch.autograd.backward(value, inputs=parameters, retain_graph=True)
+        found.append((loss(output, batch[1]), [p for module in trained for p in module.parameters()]))
+    return found
 
 
 @torch.no_grad()
-def _states(model: Any, x: Tensor) -> list[Tensor]:
-    states = [model.stem(x)]
-    for block in model.blocks:
-        states.append(block(states[-1]))
-    return states
+def _starts(model: Any, x: Tensor, count: int) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The states before blocks 1 to ``count``, and the shape of the state behind the last block."""
+    x = model.stem(x)
+    starts = []
+    for number, block in enumerate(model.blocks, 1):
+        x = block(x)
+        if number <= count:
+            starts.append(x)
+    return starts, tuple(x.shape)
 
 
 def _output(model: Any, state: Tensor, shape: tuple[int, ...]) -> Tensor:

