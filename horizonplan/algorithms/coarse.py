@@ -38,7 +38,7 @@ class Coarse:
         pairs: of the last gradient: cut -> (state, co-state).
 
     Raises:
-        ChainError: no two neighbouring blocks between two cuts are alike.
+        ChainError: no two neighbouring blocks between two cuts are alike, or all that the coarse model has is frozen.
     """
 
     def __init__(self, chain: Chain, bounds: Sequence[int], factor: int, states: Sequence[Tensor]) -> None:
@@ -58,6 +58,11 @@ class Coarse:
             raise ChainError(
                 f"coarse_factor={factor}: no two neighbouring blocks are alike (parameters and states of one shape), "
                 "so there is no coarser model of their dynamics; set coarse_steps=0."
+            )
+        if not any(p.requires_grad for p in self._parameters()):
+            raise ChainError(
+                f"coarse_factor={factor}: no trainable parameter in the coarse model (blocks {list(self.groups)}, stem "
+                "and head are frozen); set coarse_steps=0."
             )
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self.seen: dict[int, Tensor] = {}
@@ -85,6 +90,12 @@ class Coarse:
                 for own, a, b in zip(_values(self.chain.blocks[first + j]), here, there, strict=True):
                     if own is not a and (own.requires_grad or not isinstance(own, nn.Parameter)):
                         own.copy_(torch.lerp(a, b, j / size) if own.is_floating_point() else a)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The coarse model's."""
+        left = {id(p) for t, b in enumerate(self.chain.blocks) if t not in self.groups for p in b.parameters()}
+        kept = {id(p) for t in self.groups for p in self.chain.blocks[t].parameters()}
+        return [p for p in self.chain.parameters() if id(p) in kept or id(p) not in left]
 
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
         given = self.chain.layout.slots[t].get(args, kwargs)

@@ -44,7 +44,8 @@ class ParallelInTime(LayerParallel):
         targets: whether the regression sees the batch's targets beside the states. Eq. 6 does not.
         decay: factor on the weight of earlier pairs at each new one; 1, as in Eq. 6: all weigh the same.
         ridge: of the regression, relative to the mean square of what it sees.
-        exact: wait for the true co-states. This is back-propagation, in parts and without any work at the same time.
+        exact: wait for the true co-states. This is back-propagation, in parts and without any work at the same time;
+            there is no global prediction then, whatever ``coarse_steps`` is.
         time_limit: seconds that a process waits for another one.
 
     Attributes:
@@ -92,7 +93,7 @@ class ParallelInTime(LayerParallel):
         found = trial(chain, batch)
         parts = cut(chain, found, self.parts, self.split)
         states, bounds = (found.entry, *found.states), [*(part.first for part in parts), chain.depth]
-        coarse = Coarse(chain, bounds, self.coarse_factor, states) if self.coarse_steps else None
+        coarse = Coarse(chain, bounds, self.coarse_factor, states) if self._global_steps else None
         output = found.output if self.targets else None
         predictors = [None if part.last else Regression(self.decay, self.ridge, output) for part in parts]
         self.steps = 0
@@ -112,7 +113,7 @@ class ParallelInTime(LayerParallel):
         if self._ready is None or self._ready.chain is not chain:
             self.prepare(chain, batch)
         sections = self._prepared()
-        if self.steps < self.coarse_steps:
+        if self.steps < self._global_steps:
             loss = sections.predict_globally(batch, optimizer, last=self.steps + 1 == self.coarse_steps)
         else:
             if self.steps == 0:
@@ -127,7 +128,7 @@ class ParallelInTime(LayerParallel):
         Raises:
             ValueError: not prepared.
         """
-        self._prepared().gather(optimizer, coarse=self.steps < self.coarse_steps)
+        self._prepared().gather(optimizer, coarse=self.steps < self._global_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the chain is cut, the steps made, and the regressions; of all processes after :meth:`gather`."""
@@ -147,6 +148,10 @@ class ParallelInTime(LayerParallel):
             )
         self.steps = state["steps"]
         sections.load_state_dict(state["sections"])
+
+    @property
+    def _global_steps(self) -> int:
+        return 0 if self.exact else self.coarse_steps
 
     def _prepared(self) -> Sections:
         if self._ready is None:

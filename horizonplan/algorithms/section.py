@@ -83,7 +83,8 @@ class Section:
         """
         end, self.end = self.end, torch.empty(0)
         if self.part.last:
-            torch.autograd.backward(end)
+            if end.requires_grad:
+                torch.autograd.backward(end)
         else:
             cotangent = self._cotangent(end, step, rate, batch)
             if end.requires_grad:
