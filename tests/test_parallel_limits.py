@@ -1,13 +1,20 @@
 """Parallel in time and layer-parallel windows at their limits: frozen weights, odd targets, steps, buffers, losses."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_parallel import data, equal, net, trained
+from torch import nn
 
 import horizonplan as hp
 from horizonplan.algorithms import BackPropagation, ParallelInTime, ParallelWindows
+from horizonplan.algorithms.coarse import Coarse
+from horizonplan.algorithms.links import Wire
+from horizonplan.models import EulerBlock, ResidualMLP
+from horizonplan.training.shared import fingerprint
 
 
 def trainable(parameters):
@@ -47,3 +54,135 @@ def test_a_coarse_model_with_nothing_to_train_is_refused():
     before = copy.deepcopy(model)
     trained(ParallelInTime(coarse_steps=0), model, data(), trainable)
     assert not equal(model.blocks[5], before.blocks[5])
+
+
+class Trainable(EulerBlock):
+    """A block whose step is a parameter."""
+
+    def __init__(self, width, step):
+        super().__init__(width)
+        del self.step
+        self.step = nn.Parameter(torch.tensor(step, dtype=torch.float64))
+
+
+def coarse_of(model, bounds):
+    chain = hp.Chain.from_model(model, data()[0])
+    return Coarse(chain, bounds, 2, [torch.zeros(6, 4)] * (chain.depth + 1))
+
+
+def test_a_step_that_is_a_parameter_is_lengthened_and_trained():
+    model = net()
+    model.blocks = nn.ModuleList(Trainable(4, 0.5) for _ in range(8)).double()
+    plain = net()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    found, wanted = (coarse_of(m, (0, 4, 8)).backward(data()[0]) for m in (model, plain))
+    assert torch.equal(found, wanted)
+    assert [block.step.grad is not None for block in model.blocks] == [True, False] * 4
+    trained(ParallelInTime(coarse_steps=2), model, data())
+    assert all(isinstance(block.step, nn.Parameter) for block in model.blocks)
+
+
+def test_the_coarse_model_spans_the_time_of_unequal_steps():
+    model, short = net(), net(4)
+    for t, block in enumerate(model.blocks):
+        block.step = 0.1 + 0.2 * t
+    for t, block in enumerate(short.blocks):
+        block.load_state_dict(model.blocks[2 * t].state_dict())
+        block.step = 0.4 + 0.8 * t
+    short.stem.load_state_dict(model.stem.state_dict())
+    short.head.load_state_dict(model.head.state_dict())
+    found = coarse_of(model, (0, 4, 8)).backward(data()[0])
+    torch.testing.assert_close(found, hp.Chain.from_model(short, data()[0]).loss(data()[0]).detach())
+    assert [block.step for block in model.blocks] == [0.1 + 0.2 * t for t in range(8)]
+
+
+def test_a_weight_that_a_block_of_the_coarse_model_has_as_well_is_not_interpolated():
+    model = net(4)
+    model.blocks[1].linear.weight = model.blocks[2].linear.weight
+    was, bias = model.blocks[2].linear.weight.clone(), model.blocks[1].linear.bias.clone()
+    coarse_of(model, (0, 4)).prolong()
+    assert torch.equal(model.blocks[2].linear.weight, was)
+    assert not torch.equal(model.blocks[1].linear.bias, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_with_many_channels_train(dtype):
+    torch.manual_seed(0)
+    model = ResidualMLP(3, 300, 3, 4).to(dtype)
+    losses = trained(ParallelInTime(coarse_steps=0), model, data(4, dtype=dtype))
+    assert torch.isfinite(torch.stack(losses)).all()
+
+
+def test_processes_with_other_orders_or_labels_of_a_batch_are_told_apart():
+    x, y = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def print_of(*tensors):
+        return fingerprint([SimpleNamespace(batch=tensors)])
+
+    order = torch.tensor([1, 0, 2, 3, 4, 5])
+    others = [(x[order], y[order]), (x, y[order]), (x.T.contiguous(), y), (y, x), (x.double(), y), (x,)]
+    found = {print_of(x, y), *(print_of(*other) for other in others)}
+    assert len(found) == len(others) + 1
+    assert print_of(x.clone(), y) == print_of(x.T.contiguous().T, y) == print_of(x, y)
+    assert all(0 <= value < 2**32 and value == int(value) for value in found)
+    assert print_of(torch.tensor(math.nan)) == print_of(torch.tensor(math.nan))
+
+
+class Counting(nn.Module):
+    """Buffers that the model's own forward changes, before its blocks, between them and after them."""
+
+    def __init__(self):
+        super().__init__()
+        made = net(4)
+        self.stem, self.blocks, self.head = made.stem, made.blocks, made.head
+        self.inner = nn.Module()
+        self.inner.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.middle, self.late = nn.Module(), nn.Module()
+        for module in (self, self.middle, self.late):
+            module.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+            self.inner.mean = 0.9 * self.inner.mean + 0.1 * x.mean(0)
+        x = self.stem(x)
+        for t, block in enumerate(self.blocks):
+            if self.training and t == 3:
+                self.middle.calls += 1
+            x = block(x)
+        if self.training:
+            self.late.calls += 1
+        return self.head(x)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("kind", [lambda parts: ParallelInTime(parts, exact=True), ParallelWindows])
+def test_buffers_of_the_model_itself_change_once_a_step(kind, parts):
+    model = Counting()
+    twin = copy.deepcopy(model)
+    method = kind(parts)
+    trained(method, model, data(), trainable)
+    backpropagated(twin, data())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    assert isinstance(method, ParallelWindows) or equal(model, twin)
+    owned = [part.modules() for part in parts_of(method)]
+    for module, owner in ((model, 0), (model.inner, 0), (model.middle, parts - 1), (model.late, parts - 1)):
+        assert [n for n, found in enumerate(owned) if module in found] == [owner]
+
+
+def parts_of(method):
+    return [one.part for one in (method._all if isinstance(method, ParallelWindows) else method._ready.all)]
+
+
+def test_a_state_whose_shape_does_not_follow_from_the_batch_s_is_not_sent(monkeypatch):
+    sent = []
+    wire = Wire.__new__(Wire)
+    wire.part, wire.told, wire.talk, wire.up = 0, {}, None, None
+    monkeypatch.setattr(wire, "_send", lambda tensor, *_: sent.append(tensor))
+    wire.send_state(torch.ones(4, 4), "key")
+    wire.send_state(torch.ones(4, 4), "key")
+    wire.send_state(torch.ones(2, 4), "other")
+    for wrong in (torch.ones(2, 4), torch.ones(4, 4).double()):
+        with pytest.raises(ValueError, match=r"the state sent to part 1.*\(4, 4\), torch.float32.*pad it"):
+            wire.send_state(wrong, "key")
+    assert len(sent) == 5

@@ -115,8 +115,8 @@ class Regression:
     def _mixing(self, x: Tensor) -> Tensor:
         if self.mixing is None:
             generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(x.shape[1], RANK, dtype=x.dtype, generator=generator)
-            self.mixing = torch.linalg.qr(drawn).Q.to(x.device)
+            drawn = torch.randn(x.shape[1], RANK, dtype=torch.float64, generator=generator)
+            self.mixing = torch.linalg.qr(drawn).Q.to(x)
         return self.mixing
 
 
