@@ -8,12 +8,14 @@ import pytest
 import torch
 from test_parallel import data, equal, net, trained
 from torch import nn
+from torch.nn import functional as F
 
 import horizonplan as hp
 from horizonplan.algorithms import BackPropagation, ParallelInTime, ParallelWindows
 from horizonplan.algorithms.coarse import Coarse
 from horizonplan.algorithms.links import Wire
-from horizonplan.models import EulerBlock, ResidualMLP
+from horizonplan.algorithms.regression import classes_of, known
+from horizonplan.models import DynamicalNet, EulerBlock, ResidualMLP
 from horizonplan.training.shared import fingerprint
 
 
@@ -186,3 +188,56 @@ def test_a_state_whose_shape_does_not_follow_from_the_batch_s_is_not_sent(monkey
         with pytest.raises(ValueError, match=r"the state sent to part 1.*\(4, 4\), torch.float32.*pad it"):
             wire.send_state(wrong, "key")
     assert len(sent) == 5
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "dtype", "classes"),
+    [
+        ((4, 3), (4,), torch.long, 3),
+        ((4, 5, 3), (4, 5), torch.long, 3),
+        ((4, 10, 5), (4, 5), torch.long, 10),  # the class axis second, as in images
+        ((4, 1), (4,), torch.long, 0),  # one score
+        ((4,), (4,), torch.long, 0),
+        ((4, 5), (4, 5), torch.long, 0),  # several labels
+        ((4, 3), (4,), torch.bool, 0),
+        ((4, 3), (4,), torch.float32, 0),
+    ],
+)
+def test_classes_are_those_of_the_default_loss(output, target, dtype, classes):
+    batch = None, torch.ones(target, dtype=dtype)
+    found = classes_of(batch, torch.zeros(output))
+    assert found == classes
+    wanted = (*target, classes) if classes else (target if len(target) > 1 else (4, 1))
+    assert known(batch, found, 4).shape == wanted
+    if not classes:
+        assert torch.equal(known(batch, found, 4).reshape(target), batch[1].double())
+
+
+def test_a_binary_label_is_seen_whatever_its_type():
+    errors = []
+    for dtype in (torch.long, torch.bool, torch.float64):
+        torch.manual_seed(1)
+        model = DynamicalNet(3, 4, 1, 8).double()
+        batches = [(x, (y > 0).to(dtype)) for x, y in data()]
+        chain = hp.Chain.from_model(model, batches[0], loss=binary)
+        method, optimizer = ParallelInTime(coarse_steps=0), trainable(model.parameters())
+        for batch in batches:
+            method.step(chain, batch, optimizer)
+        errors.append([error.mse for error in method.errors])
+    assert errors[0] == errors[1] == errors[2]
+
+
+def binary(output, target):
+    return F.binary_cross_entropy_with_logits(output.squeeze(-1), target.double())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_loss_that_is_a_sum_is_refused_where_co_states_are_predicted(exact):
+    chain = hp.Chain.from_model(net(), data()[0], loss=lambda o, t: F.cross_entropy(o, t, reduction="sum"))
+    method = ParallelInTime(coarse_steps=0, exact=exact)
+    if exact:
+        method.prepare(chain, data()[0])
+        assert method.bounds == (0, 4, 8)
+    else:
+        with pytest.raises(ValueError, match=r"loss: .*sum.*reduction='mean'.*exact=True"):
+            method.prepare(chain, data()[0])

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from horizonplan.algorithms.base import LayerParallel
 from horizonplan.algorithms.coarse import Coarse
+from horizonplan.algorithms.mean_loss import refuse_sum
 from horizonplan.algorithms.part import check_layers, cut
-from horizonplan.algorithms.regression import Regression
+from horizonplan.algorithms.regression import Regression, classes_of
 from horizonplan.algorithms.section import PredictionError
 from horizonplan.algorithms.sections import Sections
 from horizonplan.algorithms.trial import trial
@@ -87,15 +88,18 @@ class ParallelInTime(LayerParallel):
         """Cut the chain, and meet the other processes. The first step does it where it was not done.
 
         Raises:
-            ValueError: more parts than blocks, other than ``parts`` processes, or a cut that cannot be.
+            ValueError: more parts than blocks, other than ``parts`` processes, a cut that cannot be, or a loss that
+                is a sum over samples, where co-states are predicted.
             ChainError: a parameter is used in two parts, or there is no coarser model.
         """
         found = trial(chain, batch)
         parts = cut(chain, found, self.parts, self.split)
         states, bounds = (found.entry, *found.states), [*(part.first for part in parts), chain.depth]
         coarse = Coarse(chain, bounds, self.coarse_factor, states) if self._global_steps else None
-        output = found.output if self.targets else None
-        predictors = [None if part.last else Regression(self.decay, self.ridge, output) for part in parts]
+        if self.parts > 1 and not self.exact:
+            _refuse_sum(chain, batch)
+        classes = classes_of(batch, found.output) if self.targets and found.output is not None else None
+        predictors = [None if part.last else Regression(self.decay, self.ridge, classes) for part in parts]
         self.steps = 0
         self._ready = Sections(chain, parts, predictors, coarse, self.exact, self.time_limit)
 
@@ -170,3 +174,18 @@ class ParallelInTime(LayerParallel):
             raise ValueError(f"decay={self.decay!r}: give a number above 0, at most 1.")
         if not isinstance(self.ridge, int | float) or not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge={self.ridge!r}: give a number > 0.")
+
+
+def _refuse_sum(chain: Chain, batch: Any) -> None:
+    """See that the loss is no sum over samples: the regression divides co-states by the number of samples.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        refuse_sum(chain, batch)
+    except ValueError as error:
+        raise ValueError(
+            "loss: it grows with the number of samples, as a sum over them; co-states of a batch of another size would "
+            "be predicted wrongly. Give a mean (reduction='mean'), or exact=True, which predicts nothing."
+        ) from error

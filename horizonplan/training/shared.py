@@ -65,7 +65,7 @@ def fingerprint(turns: list[Turn]) -> float:
     for tensor in (tensor for turn in turns for tensor in tensors(turn.batch)):
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         found = zlib.crc32(str((tuple(tensor.shape), tensor.dtype)).encode(), found)
-        found = zlib.crc32(dense.cpu().contiguous().flatten().view(torch.uint8).numpy(), found)
+        found = zlib.crc32(dense.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), found)
     return float(found)
 
 
