@@ -241,3 +241,63 @@ def test_a_loss_that_is_a_sum_is_refused_where_co_states_are_predicted(exact):
     else:
         with pytest.raises(ValueError, match=r"loss: .*sum.*reduction='mean'.*exact=True"):
             method.prepare(chain, data()[0])
+
+
+class Normed(nn.Module):
+    """A block with a normalisation that other blocks may have as well."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), norm
+
+    def forward(self, x):
+        return x + torch.tanh(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_running_statistics_of_two_parts_are_refused(parts):
+    norm = nn.BatchNorm1d(4, affine=False)
+    model = nn.Sequential(nn.Linear(3, 4), *(Normed(norm) for _ in range(4)), nn.Linear(4, 3)).double()
+    method = ParallelInTime(parts, coarse_steps=0)
+    if parts == 1:
+        assert len(trained(method, model, data())) == len(data())
+    else:
+        with pytest.raises(hp.ChainError, match=r"running statistics of '1.norm' are used in parts 0 and 1.*split="):
+            trained(method, model, data())
+
+
+def test_epsilon_p_takes_the_learning_rate_of_the_part_before_the_cut():
+    found = []
+    for order in (1, -1):
+        model = net()
+        groups = [
+            {"params": model.head.parameters(), "lr": 1e-3},
+            {"params": [*model.stem.parameters(), *model.blocks.parameters()], "lr": 0.5},
+        ]
+        method = ParallelInTime(coarse_steps=1)
+        trained(method, model, data(), lambda _, groups=groups, order=order: torch.optim.SGD(groups[::order]))
+        found.append([error.epsilon_p for error in method.errors])
+    assert found[0] == found[1]
+
+
+def test_an_error_in_the_loss_does_not_lose_the_pair_before():
+    calls = []
+
+    def loss(output, target):
+        calls.append(None)
+        if len(calls) == failing:
+            raise KeyError("a bad batch")
+        return F.cross_entropy(output, target)
+
+    failing, model = 0, net()
+    chain, optimizer = hp.Chain.from_model(model, data()[0], loss=loss), trainable(model.parameters())
+    method = ParallelInTime(3, coarse_steps=0)
+    for batch in data()[:4]:
+        method.step(chain, batch, optimizer)
+    failing = len(calls) + 1
+    with pytest.raises(KeyError, match="a bad batch"):
+        method.step(chain, data()[4], optimizer)
+    for batch in data()[5:]:
+        method.step(chain, batch, optimizer)
+    method.gather(chain, optimizer)
+    assert [error.step for error in method.errors] == [step for step in range(7) for _ in range(2)]

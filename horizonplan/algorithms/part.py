@@ -174,7 +174,7 @@ def cut(chain: Chain, found: Trial, parts: int, split: str | Sequence[int], pull
 
     Raises:
         ValueError: there are not so many blocks, or no such split.
-        ChainError: a parameter is used in two parts.
+        ChainError: a parameter, or running statistics, are used in two parts.
     """
     if parts > chain.depth:
         raise ValueError(f"parts={parts}: the chain has {chain.depth} blocks; give at most that many.")
@@ -213,4 +213,23 @@ def _refuse_shared(parts: list[Part]) -> None:
                 raise ChainError(
                     f"{names[id(p)]!r} is used in parts {seen[id(p)]} and {number}, which train apart: cut elsewhere "
                     "(split=), untie it, or freeze it."
+                )
+    _refuse_shared_statistics(parts)
+
+
+def _refuse_shared_statistics(parts: list[Part]) -> None:
+    """See that no normalisation in the blocks keeps the running statistics of two parts.
+
+    Raises:
+        ChainError: one does.
+    """
+    chain, seen = parts[0].chain, dict[int, int]()
+    names = {m: name for name, m in chain.model.named_modules()}
+    for number, part in enumerate(parts):
+        for module in (m for block in chain.blocks[part.first : part.stop] for m in block.modules()):
+            statistics = module._buffers.get("running_mean")
+            if statistics is not None and seen.setdefault(id(statistics), number) != number:
+                raise ChainError(
+                    f"the running statistics of {names[module]!r} are used in parts {seen[id(statistics)]} and "
+                    f"{number}, which train apart: cut elsewhere (split=), or give each block its own."
                 )

@@ -78,7 +78,7 @@ class Section:
 
         Args:
             step: the step's number.
-            rate: the learning rate, for Eq. 7.
+            rate: the learning rate of the part's weights, for Eq. 7.
             batch: the batch.
         """
         end, self.end = self.end, torch.empty(0)
