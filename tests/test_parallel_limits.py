@@ -301,3 +301,20 @@ def test_an_error_in_the_loss_does_not_lose_the_pair_before():
         method.step(chain, batch, optimizer)
     method.gather(chain, optimizer)
     assert [error.step for error in method.errors] == [step for step in range(7) for _ in range(2)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_penalty_on_all_weights_in_the_loss_is_refused_by_name(parts):
+    model = net(4)
+
+    def penalised(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1]) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    chain = hp.Chain.from_model(model, data()[0], compute_loss=penalised)
+    method = ParallelInTime(parts, exact=True)
+    if parts == 1:
+        method.prepare(chain, data()[0])
+        assert method.bounds == (0, 4)
+    else:
+        with pytest.raises(hp.ChainError, match=r"penalty.*weight_decay"):
+            method.prepare(chain, data()[0])

@@ -203,9 +203,16 @@ def _refuse_shared(parts: list[Part]) -> None:
     """See that no parameter is trained by two parts.
 
     Raises:
-        ChainError: one is.
+        ChainError: one is, or all of the blocks' are by the last part, in the loss.
     """
     names = {id(p): name for name, p in parts[0].chain.model.named_parameters()}
+    layout = parts[0].chain.layout
+    head, blocks = {id(p) for p in layout.head}, {id(p) for block in layout.block for p in block}
+    if len(parts) > 1 and blocks and blocks <= head:
+        raise ChainError(
+            "the loss uses the weights of all blocks, as a penalty on them does, but only the last part has the loss: "
+            "leave the penalty out of it and give the optimizer a weight_decay."
+        )
     seen: dict[int, int] = {}
     for number, part in enumerate(parts):
         for p in part.parameters():
