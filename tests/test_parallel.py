@@ -168,7 +168,7 @@ def test_the_streaming_regression_is_the_one_on_all_pairs():
         for n in (4, 6, 5)
     ]
     for decay, targets in ((1.0, False), (0.5, True)):
-        found = Regression(decay, 1e-2, torch.zeros(4, 3) if targets else None)
+        found = Regression(decay, 1e-2, 3 if targets else None)
         for x, y, p in pairs:
             found.add(x, found.targets((x, y), x), p)
         x, y, _ = pairs[0]
@@ -215,15 +215,15 @@ def test_many_channels_are_regressed_on_few_combinations(shape):
 
 
 def test_targets_are_seen_where_they_can_be():
-    scores, sequence = torch.zeros(4, 3), torch.zeros(4, 5, 3)
     classes = torch.tensor([0, 2, -100, 1])
-    assert known((None, classes), scores, 4).tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]]
-    assert known((None, torch.ones(4, 5, dtype=torch.long)), sequence, 4).shape == (4, 5, 3)
-    assert known((None, torch.ones(4)), scores, 4).shape == (4, 1)
-    assert known((None, torch.ones(4, 2, 3)), scores, 4).shape == (4, 6)
-    assert known((None, classes), scores, 8) is None  # of another number of samples
-    assert known((None, classes), torch.zeros(4, 1000), 4) is None
-    assert known((None, torch.ones(4, 1000)), scores, 4) is None
+    assert known((None, classes), 3, 4).tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert known((None, torch.ones(4, 5, dtype=torch.long)), 3, 4).shape == (4, 5, 3)
+    assert known((None, torch.ones(4)), 0, 4).shape == (4, 1)
+    assert known((None, torch.ones(4, 2, 3)), 0, 4).shape == (4, 6)
+    assert known((None, classes), 0, 4).tolist() == [[0], [2], [-100], [1]]
+    assert known((None, classes), 3, 8) is None  # of another number of samples
+    assert known((None, classes), 1000, 4) is None
+    assert known((None, torch.ones(4, 1000)), 0, 4) is None
 
 
 @pytest.mark.parametrize("coarse", [0, 3])

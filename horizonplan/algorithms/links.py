@@ -30,7 +30,11 @@ class Port(Protocol):
     """One part's end of all links."""
 
     def send_state(self, state: Tensor, key: Hashable) -> None:
-        """To the part after; ``key`` names the shape: equal keys, equal shapes (``None``: unknown)."""
+        """To the part after; ``key`` names the shape: equal keys, equal shapes (``None``: unknown).
+
+        Raises:
+            ValueError: between processes, a state under a known key has another shape or type.
+        """
 
     def receive_state(self, key: Hashable) -> Tensor:
         """From the part before."""
@@ -107,14 +111,21 @@ class Wire:
         self.up, self.down = dist.new_group(timeout=limit), dist.new_group(timeout=limit)
         self.talk = dist.new_group(backend="gloo", timeout=limit)
         self.shapes: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}
-        self.told: set[Hashable] = set()
+        self.told: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}
         self.sent: dict[Hashable, tuple[Any, Tensor]] = {}  # a message is kept until the next of its kind
 
     def send_state(self, state: Tensor, key: Hashable) -> None:
         """See :class:`Port`."""
+        form = tuple(state.shape), state.dtype
         if key is None or key not in self.told:
-            self.told.add(key)
+            self.told[key] = form
             self._send(_header(state), self.part + 1, self.talk, "shape")
+        elif self.told[key] != form:
+            raise ValueError(
+                f"model: the state sent to part {self.part + 1} is {form}, and was {self.told[key]} for an earlier "
+                "batch of the same shapes: its shape has to follow from the batch's; pad it, cut elsewhere (split=), "
+                "or train in one process."
+            )
         self._send(state, self.part + 1, self.up, "state")
 
     def receive_state(self, key: Hashable) -> Tensor:

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from horizonplan.algorithms.base import LayerParallel
 from horizonplan.algorithms.coarse import Coarse
+from horizonplan.algorithms.mean_loss import refuse_sum
 from horizonplan.algorithms.part import check_layers, cut
-from horizonplan.algorithms.regression import Regression
+from horizonplan.algorithms.regression import Regression, classes_of
 from horizonplan.algorithms.section import PredictionError
 from horizonplan.algorithms.sections import Sections
 from horizonplan.algorithms.trial import trial
@@ -44,7 +45,8 @@ class ParallelInTime(LayerParallel):
         targets: whether the regression sees the batch's targets beside the states. Eq. 6 does not.
         decay: factor on the weight of earlier pairs at each new one; 1, as in Eq. 6: all weigh the same.
         ridge: of the regression, relative to the mean square of what it sees.
-        exact: wait for the true co-states. This is back-propagation, in parts and without any work at the same time.
+        exact: wait for the true co-states. This is back-propagation, in parts and without any work at the same time;
+            there is no global prediction then, whatever ``coarse_steps`` is.
         time_limit: seconds that a process waits for another one.
 
     Attributes:
@@ -86,15 +88,18 @@ class ParallelInTime(LayerParallel):
         """Cut the chain, and meet the other processes. The first step does it where it was not done.
 
         Raises:
-            ValueError: more parts than blocks, other than ``parts`` processes, or a cut that cannot be.
+            ValueError: more parts than blocks, other than ``parts`` processes, a cut that cannot be, or a loss that
+                is a sum over samples, where co-states are predicted.
             ChainError: a parameter is used in two parts, or there is no coarser model.
         """
         found = trial(chain, batch)
         parts = cut(chain, found, self.parts, self.split)
         states, bounds = (found.entry, *found.states), [*(part.first for part in parts), chain.depth]
-        coarse = Coarse(chain, bounds, self.coarse_factor, states) if self.coarse_steps else None
-        output = found.output if self.targets else None
-        predictors = [None if part.last else Regression(self.decay, self.ridge, output) for part in parts]
+        coarse = Coarse(chain, bounds, self.coarse_factor, states) if self._global_steps else None
+        if self.parts > 1 and not self.exact:
+            _refuse_sum(chain, batch)
+        classes = classes_of(batch, found.output) if self.targets and found.output is not None else None
+        predictors = [None if part.last else Regression(self.decay, self.ridge, classes) for part in parts]
         self.steps = 0
         self._ready = Sections(chain, parts, predictors, coarse, self.exact, self.time_limit)
 
@@ -112,7 +117,7 @@ class ParallelInTime(LayerParallel):
         if self._ready is None or self._ready.chain is not chain:
             self.prepare(chain, batch)
         sections = self._prepared()
-        if self.steps < self.coarse_steps:
+        if self.steps < self._global_steps:
             loss = sections.predict_globally(batch, optimizer, last=self.steps + 1 == self.coarse_steps)
         else:
             if self.steps == 0:
@@ -127,7 +132,7 @@ class ParallelInTime(LayerParallel):
         Raises:
             ValueError: not prepared.
         """
-        self._prepared().gather(optimizer, coarse=self.steps < self.coarse_steps)
+        self._prepared().gather(optimizer, coarse=self.steps < self._global_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the chain is cut, the steps made, and the regressions; of all processes after :meth:`gather`."""
@@ -148,6 +153,10 @@ class ParallelInTime(LayerParallel):
         self.steps = state["steps"]
         sections.load_state_dict(state["sections"])
 
+    @property
+    def _global_steps(self) -> int:
+        return 0 if self.exact else self.coarse_steps
+
     def _prepared(self) -> Sections:
         if self._ready is None:
             raise ValueError(
@@ -165,3 +174,18 @@ class ParallelInTime(LayerParallel):
             raise ValueError(f"decay={self.decay!r}: give a number above 0, at most 1.")
         if not isinstance(self.ridge, int | float) or not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge={self.ridge!r}: give a number > 0.")
+
+
+def _refuse_sum(chain: Chain, batch: Any) -> None:
+    """See that the loss is no sum over samples: the regression divides co-states by the number of samples.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        refuse_sum(chain, batch)
+    except ValueError as error:
+        raise ValueError(
+            "loss: it grows with the number of samples, as a sum over them; co-states of a batch of another size would "
+            "be predicted wrongly. Give a mean (reduction='mean'), or exact=True, which predicts nothing."
+        ) from error

@@ -168,7 +168,8 @@ class _Window:
         self.part.leaf = None
         if self.part.last:
             self.port.send_loss(end.detach())
-            torch.autograd.backward(end)
+            if end.requires_grad:  # not all of the window is frozen
+                torch.autograd.backward(end)
             return end.detach()
         self.port.send_state(end.detach(), key)
         if end.requires_grad:

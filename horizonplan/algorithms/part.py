@@ -20,7 +20,7 @@ from horizonplan.algorithms.partition import bounds_of
 from horizonplan.algorithms.trial import Trial, copies
 from horizonplan.batch import scalar
 from horizonplan.chain import Chain, ChainError
-from horizonplan.chain.calls import handler, intercept, rng_devices, scratch_buffers
+from horizonplan.chain.calls import BufferLog, handler, intercept, rng_devices, scratch_buffers
 from horizonplan.chain.slots import Output
 from horizonplan.chain.trace import standin
 
@@ -50,10 +50,13 @@ class Part:
         shapes = [tuple(s.shape[1:]) for s in states]
         self.reshaped = {t: shapes[t + 1] for t in range(max(0, first - 1)) if shapes[t] != shapes[t + 1]}
         self.devices = rng_devices(chain.model)
+        inside = {m for block in chain.blocks for m in block.modules()}
+        self.outside = [m for m in chain.model.modules() if m not in inside]
         self.leaf: Tensor | None = None
         self.standins: dict[nn.Module, list[Any]] = {}
         self.outputs: list[Output | None] = list(chain.layout.outputs)
         self.ran: dict[nn.Module, int] = {}  # modules outside the blocks: the block that they ran before
+        self.moved: dict[nn.Module, int] = {}  # the same of modules whose buffers the model's own forward changes
 
     @property
     def last(self) -> bool:
@@ -71,7 +74,7 @@ class Part:
         """The modules whose buffers the part moves; of those outside the blocks, what has run by now."""
         blocks = self.chain.blocks
         inside = {m for block in blocks for m in block.modules()}
-        outer = {m: place for top, place in self.ran.items() for m in top.modules()}
+        outer = self.moved | {m: place for top, place in self.ran.items() for m in top.modules()}
         found = [m for block in blocks[self.first : self.stop] for m in block.modules()]
         found += [m for m, place in outer.items() if self.first <= place < self.stop]
         rest = [m for m in self.chain.model.modules() if m not in inside and m not in outer]
@@ -100,9 +103,9 @@ class Part:
             with ExitStack() as self.before, chain.running(), intercept(handlers), torch.enable_grad():
                 if self.first > 0:
                     self.before.enter_context(torch.random.fork_rng(devices=self.devices))
-                    outside = [m for top in chain.layout.outer for m in top.modules()]
-                    self.before.enter_context(scratch_buffers(outside))
+                    self.before.enter_context(scratch_buffers(self.outside))
                     self.before.enter_context(torch.no_grad())
+                self.log = BufferLog(self.outside)
                 loss = scalar(chain.loss(batch))
         except _Left:
             assert self.state is not None
@@ -119,12 +122,20 @@ class Part:
             self.standins.setdefault(module, []).append(standin(result, self.chain.nan))
         return result
 
+    def _note(self) -> None:
+        """Note the modules outside the blocks whose buffers have changed by now."""
+        changed = {id(owner) for owner, _, _ in self.log.changed()}
+        for module in self.outside if changed else []:
+            if id(module._buffers) in changed:
+                self.moved.setdefault(module, self.turn)
+
     def _block(self, t: int, original: Any, args: Any, kwargs: Any) -> Any:
         if t != self.turn:
             raise ChainError(
                 f"block {self.chain.names[t]!r} was called out of turn: blocks must run once each and in order in "
                 "every forward (no layer drop, no checkpointing around blocks)."
             )
+        self._note()
         self.turn += 1
         if t < self.first:
             return self._passed(t, self.chain.layout.slots[t].get(args, kwargs))
@@ -144,6 +155,7 @@ class Part:
         else:
             self.leaf = self.receive().requires_grad_(self.pulls)
             self.before.close()  # from here on the part's own forward
+            self.log = BufferLog(self.outside)
             passed = self.leaf.clone() if copies(self.chain, self.first) else self.leaf
         known = self.chain.layout.outputs[t]
         assert known is not None
@@ -162,7 +174,7 @@ def cut(chain: Chain, found: Trial, parts: int, split: str | Sequence[int], pull
 
     Raises:
         ValueError: there are not so many blocks, or no such split.
-        ChainError: a parameter is used in two parts.
+        ChainError: a parameter, or running statistics, are used in two parts.
     """
     if parts > chain.depth:
         raise ValueError(f"parts={parts}: the chain has {chain.depth} blocks; give at most that many.")
@@ -191,9 +203,16 @@ def _refuse_shared(parts: list[Part]) -> None:
     """See that no parameter is trained by two parts.
 
     Raises:
-        ChainError: one is.
+        ChainError: one is, or all of the blocks' are by the last part, in the loss.
     """
     names = {id(p): name for name, p in parts[0].chain.model.named_parameters()}
+    layout = parts[0].chain.layout
+    head, blocks = {id(p) for p in layout.head}, {id(p) for block in layout.block for p in block}
+    if len(parts) > 1 and blocks and blocks <= head:
+        raise ChainError(
+            "the loss uses the weights of all blocks, as a penalty on them does, but only the last part has the loss: "
+            "leave the penalty out of it and give the optimizer a weight_decay."
+        )
     seen: dict[int, int] = {}
     for number, part in enumerate(parts):
         for p in part.parameters():
@@ -201,4 +220,23 @@ def _refuse_shared(parts: list[Part]) -> None:
                 raise ChainError(
                     f"{names[id(p)]!r} is used in parts {seen[id(p)]} and {number}, which train apart: cut elsewhere "
                     "(split=), untie it, or freeze it."
+                )
+    _refuse_shared_statistics(parts)
+
+
+def _refuse_shared_statistics(parts: list[Part]) -> None:
+    """See that no normalisation in the blocks keeps the running statistics of two parts.
+
+    Raises:
+        ChainError: one does.
+    """
+    chain, seen = parts[0].chain, dict[int, int]()
+    names = {m: name for name, m in chain.model.named_modules()}
+    for number, part in enumerate(parts):
+        for module in (m for block in chain.blocks[part.first : part.stop] for m in block.modules()):
+            statistics = module._buffers.get("running_mean")
+            if statistics is not None and seen.setdefault(id(statistics), number) != number:
+                raise ChainError(
+                    f"the running statistics of {names[module]!r} are used in parts {seen[id(statistics)]} and "
+                    f"{number}, which train apart: cut elsewhere (split=), or give each block its own."
                 )

@@ -36,14 +36,15 @@ class Regression:
     Args:
         decay: factor on the weight of earlier pairs at each new batch; 1: all pairs weigh the same.
         ridge: relative to the mean square of what is regressed on.
-        output: a tensor of the shape of the model's output; ``None``: the targets are not regressed on.
+        classes: that the targets are of (:func:`classes_of`), 0 if they are values; ``None``: the targets are not
+            regressed on.
 
     Attributes:
         kind: which of the three, once a pair is known.
     """
 
-    def __init__(self, decay: float, ridge: float, output: Tensor | None) -> None:
-        self.decay, self.ridge, self.output = decay, ridge, output
+    def __init__(self, decay: float, ridge: float, classes: int | None) -> None:
+        self.decay, self.ridge, self.classes = decay, ridge, classes
         self.kind: str | None = None
         self.products: Tensor | None = None  # (f, f): of what is regressed on
         self.mixed: Tensor | None = None  # (f, q): of that with the co-states
@@ -51,7 +52,7 @@ class Regression:
 
     def targets(self, batch: Any, state: Tensor) -> Tensor | None:
         """What is regressed on besides the state; see :func:`known`."""
-        return None if self.output is None else known(batch, self.output, len(state))
+        return None if self.classes is None else known(batch, self.classes, len(state))
 
     def add(self, state: Tensor, target: Tensor | None, costate: Tensor) -> None:
         """Learn from the pairs of one batch.
@@ -115,8 +116,8 @@ class Regression:
     def _mixing(self, x: Tensor) -> Tensor:
         if self.mixing is None:
             generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(x.shape[1], RANK, dtype=x.dtype, generator=generator)
-            self.mixing = torch.linalg.qr(drawn).Q.to(x.device)
+            drawn = torch.randn(x.shape[1], RANK, dtype=torch.float64, generator=generator)
+            self.mixing = torch.linalg.qr(drawn).Q.to(x)
         return self.mixing
 
 
@@ -131,12 +132,32 @@ def kind_of(state: Tensor) -> str:
     return "channels" if state.shape[_channel_axis(state)] <= CHANNELS else "low-rank"
 
 
-def known(batch: Any, output: Tensor, samples: int) -> Tensor | None:
+def classes_of(batch: Any, output: Tensor) -> int:
+    """How many classes the targets of a batch are of; 0 where they are values.
+
+    They are classes where the default loss takes them for classes
+    (:func:`horizonplan.batch.default_loss`), and are more than one.
+
+    Args:
+        batch: the batch.
+        output: the model's for it, or a tensor of its shape.
+    """
+    target = target_of(batch)
+    if not isinstance(target, Tensor) or target.dtype == torch.bool or target.is_floating_point() or output.ndim < 2:
+        return 0
+    if output.shape[:-1] == target.shape:
+        count = output.shape[-1]
+    else:
+        count = output.shape[1] if (output.shape[0], *output.shape[2:]) == tuple(target.shape) else 0
+    return count if count > 1 else 0
+
+
+def known(batch: Any, classes: int, samples: int) -> Tensor | None:
     """The targets of a batch as numbers: classes one-hot, values as they are.
 
     Args:
         batch: the batch.
-        output: a tensor of the shape of the model's output.
+        classes: how many; 0: the targets are values.
         samples: of the state (its first axis).
 
     Returns:
@@ -146,12 +167,12 @@ def known(batch: Any, output: Tensor, samples: int) -> Tensor | None:
     target = target_of(batch)
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != samples:
         return None
-    if not target.is_floating_point():
-        classes = output.shape[-1]
-        if output.ndim != target.ndim + 1 or target.ndim > 2 or classes > MOST_TARGETS:
+    target = target.detach()
+    if classes > 0 and not target.is_floating_point():
+        if target.ndim > 2 or classes > MOST_TARGETS:
             return None
         return F.one_hot(target.clamp(0, classes - 1).long(), classes).double() * (target >= 0).unsqueeze(-1)
-    flat = target.detach().flatten(1) if target.ndim > 1 else target.detach().unsqueeze(1)
+    flat = target.flatten(1) if target.ndim > 1 else target.unsqueeze(1)
     return flat.double() if flat.shape[1] <= MOST_TARGETS else None
 
 

@@ -78,12 +78,13 @@ class Section:
 
         Args:
             step: the step's number.
-            rate: the learning rate, for Eq. 7.
+            rate: the learning rate of the part's weights, for Eq. 7.
             batch: the batch.
         """
         end, self.end = self.end, torch.empty(0)
         if self.part.last:
-            torch.autograd.backward(end)
+            if end.requires_grad:
+                torch.autograd.backward(end)
         else:
             cotangent = self._cotangent(end, step, rate, batch)
             if end.requires_grad:

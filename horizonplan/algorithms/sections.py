@@ -145,12 +145,16 @@ class Sections:
 
     def _gradients(self, batch: Any, optimizer: Optimizer, step: int) -> Tensor:
         """Accumulate the gradients of this process's parts; returns the loss."""
-        rate = float(optimizer.param_groups[0]["lr"])
-        losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
-        for loss in losses:  # before anything is sent back
-            refuse_not_finite(loss, torch.zeros_like(loss))
+        try:
+            losses = [loss for section in self.own if (loss := section.forward(batch)) is not None]
+            for loss in losses:  # before anything is sent back
+                refuse_not_finite(loss, torch.zeros_like(loss))
+        except Exception:
+            for section in self.own if self.wire is None else []:
+                section.absorb()  # the pair of the step before has come, and is not to be lost with this one
+            raise
         for section in reversed(self.own):
-            section.backward(step, rate, batch)
+            section.backward(step, rate_of(optimizer, section.part), batch)
         losses += [section.port.receive_loss() for section in self.own if not section.part.last]
         refuse_not_finite(losses[0], gradient_norm(optimizer))
         return losses[0]
@@ -168,6 +172,13 @@ def meet(parts: int, time_limit: float, device: torch.device) -> Wire | None:
     if world != parts:
         raise ValueError(f"parts={parts}: there are {world} processes; start as many as parts, or one that does all.")
     return Wire(time_limit, device)
+
+
+def rate_of(optimizer: Optimizer, part: Part) -> float:
+    """The learning rate of a part: of the group that holds its first trainable weight; 0 where it has none."""
+    weight = next((p for p in part.parameters() if p.requires_grad), None)
+    rates = (group["lr"] for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    return float(next(rates, 0.0))
 
 
 @contextmanager
