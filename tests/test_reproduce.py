@@ -13,7 +13,7 @@ from torch import nn
 import horizonplan as hp
 from horizonplan.models import ResidualCNN, ResidualLinear
 from horizonplan.objective import AccuracyConstraint, Weighted
-from horizonplan.reproduce import e1, fig2, fig3, scoring, selection, theorem
+from horizonplan.reproduce import e1, fig2, fig3, run, scoring, selection, theorem
 from horizonplan.reproduce.findings import FAILS, HOLDS, PARTLY
 from horizonplan.reproduce.methods import BP, disjoint, sliding
 from horizonplan.reproduce.numbers import line, log_line, ranks, rate
@@ -391,3 +391,9 @@ def test_checkpointing_and_disjoint_windows_cost_what_their_units_say(tiny, tmp_
     assert all(len(cost.seconds) == 1 for cost in costs.values())
     again = make_lab(tmp_path / "other").costs(lab.case("M1"), [disjoint(3), BP], "costs")
     assert {name: cost.bytes for name, cost in again.items()} == {name: costs[name].bytes for name in again}
+
+
+def test_a_damaged_folder_is_told_by_name(tmp_path):
+    (tmp_path / "settings.json").write_text("{bad")
+    with pytest.raises(ValueError, match=r"settings.json in it is damaged .* give another folder"):
+        run._claim_folder(tmp_path, {"scale": "small"})

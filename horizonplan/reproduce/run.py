@@ -152,7 +152,10 @@ def _identity(names: Sequence[str], scale: str, sources: Sources, device: torch.
 def _claim_folder(folder: Path, wanted: dict[str, str]) -> None:
     """Keep results of different sizes, devices and data apart; what no run has used yet is free."""
     path = folder / SETTINGS
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"out={str(folder)!r}: {SETTINGS} in it is damaged ({error}); give another folder.") from error
     if others := {name: value for name, value in kept.items() if wanted.get(name, value) != value}:
         raise ValueError(
             f"out={str(folder)!r}: it holds a run with {others}, this one has "
