@@ -161,7 +161,7 @@ def test_two_plans_beside_each_other(open_page):
     page.get_by_role("button", name="Compare").click()
     for one in (first, second):
         expect(page.get_by_role("main")).to_contain_text(choice_of(one))
-    assert page.locator(".chart canvas").count() == 2
+    expect(page.locator(".chart canvas")).to_have_count(2)  # waits for the script
 
 
 def test_the_keyboard_is_enough(open_page):
