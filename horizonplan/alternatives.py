@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from horizonplan.batch import batch_size, resized
-from horizonplan.candidates import schedule_of
+from horizonplan.candidates import folded, schedule_of
 from horizonplan.chain import Chain
 from horizonplan.precision import autocast
-from horizonplan.predict import accumulated_bytes, step_bytes, step_flops, step_seconds
+from horizonplan.predict import accumulated_bytes, step_bytes, step_seconds
 from horizonplan.probes.child import out_of_memory
 from horizonplan.probes.pieces import check_pieces
 from horizonplan.probes.profile import Profile, retimed
@@ -116,7 +116,7 @@ class Alternatives:
         if self.in_bf16 is not None:
             unknown = replace(plain, precision="bf16", cosine=None, cosine_stderr=None, cosine_source="unmeasured")
             unknown = replace(unknown, rate=None, rate_stderr=None, rate_source="unmeasured", reference=False)
-            yield _folded(unknown, self.in_bf16)
+            yield folded(unknown, self.in_bf16)
 
 
 def alternatives(chain: Chain, batch: Any, measure: Measure, others: Iterable[Any] | None) -> Alternatives:
@@ -179,24 +179,10 @@ def _inexact(chain: Chain, batches: Iterable[Any] | None, counts: Sequence[int])
     return None
 
 
-def _folded(row: Row, profile: Profile) -> Row:
-    schedule = schedule_of(row, profile.depth)
-    seconds = step_seconds(schedule, profile)
-    return replace(
-        row,
-        memory_bytes=step_bytes(schedule, profile),
-        memory_source="predicted",
-        nvml_bytes=None,
-        flops=step_flops(schedule, profile),
-        step_seconds=seconds,
-        step_seconds_source="unmeasured" if seconds is None else "predicted",
-    )
-
-
 def _again(plain: Row, whole: Profile) -> list[Row]:
     """Disjoint windows recomputed, if that saves memory: every block or every square root of the window's length."""
     distances = dict.fromkeys([1, max(1, round(math.sqrt(plain.horizon)))])
-    found = min((_folded(replace(plain, recompute=k), whole) for k in distances), key=lambda row: row.memory_bytes)
+    found = min((folded(replace(plain, recompute=k), whole) for k in distances), key=lambda row: row.memory_bytes)
     return [found] if found.memory_bytes <= WORTHWHILE * plain.memory_bytes else []
 
 
@@ -209,7 +195,7 @@ def _loco(profile: Profile, pairs: set[tuple[int, int]]) -> Iterator[Row]:
         schedule = schedule_of(row, profile.depth)
         first = schedule.windows[0]
         if schedule.pair not in pairs:
-            yield _folded(replace(row, horizon=schedule.longest, stride=first.stop - first.first), profile)
+            yield folded(replace(row, horizon=schedule.longest, stride=first.stop - first.first), profile)
 
 
 def _pointless(row: Row, exact: Iterable[Row], depth: int) -> bool:

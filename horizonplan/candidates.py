@@ -53,12 +53,12 @@ def table(
         pairs.setdefault((h, h), True)
     rows = []
     for (h, s), reference in pairs.items():
-        row = _costed(Row(horizon=h, stride=s, memory_bytes=0, reference=reference), profile)
+        row = folded(Row(horizon=h, stride=s, memory_bytes=0, reference=reference), profile)
         row = _with_cosine(row, depth, measured.get(("cosine", h, s)), curves.get("cosine"))
         rows.append(with_memory(row, measured.get(("memory", h, s))))
     for k in dict.fromkeys([1, max(1, round(math.sqrt(depth)))]):
         row = Row(horizon=depth, recompute=k, memory_bytes=0, reference=not exact_may_win)
-        rows.append(_with_cosine(_costed(row, profile), depth, None, None))
+        rows.append(_with_cosine(folded(row, profile), depth, None, None))
     return tuple(rows)
 
 
@@ -140,13 +140,15 @@ def _same(row: Row) -> bool:
     return replace(row, recompute=0).plain
 
 
-def _costed(row: Row, profile: Profile) -> Row:
+def folded(row: Row, profile: Profile) -> Row:
+    """The row with bytes, FLOPs and seconds as the folds predict them from a profile."""
     schedule = schedule_of(row, profile.depth)
     seconds = step_seconds(schedule, profile)
     return replace(
         row,
         memory_bytes=step_bytes(schedule, profile),
         memory_source="predicted",
+        nvml_bytes=None,
         flops=step_flops(schedule, profile),
         step_seconds=seconds,
         step_seconds_source="unmeasured" if seconds is None else "predicted",
