@@ -311,6 +311,31 @@ def test_compiled_blocks_train_alike_and_are_given_back():
     assert all(block._compiled_call_impl is None for block in twin.blocks)
 
 
+@pytest.mark.parametrize("kind", ["sequential", "encoder"])
+def test_blocks_whose_forward_is_torch_s_own_are_compiled_too(kind):
+    """``nn.Module.compile`` passes over them without a word."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def block():
+        if kind == "sequential":
+            return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(block() for _ in range(4)), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    data = [(torch.randn(8, 5, 4), torch.randn(8, 5, 3)) for _ in range(2)]
+    for one, compile in ((model, False), (twin, backend)):
+        hp.train(one, data, epochs=1, algorithm=algorithms.Horizon(2), compile=compile, progress=False)
+    assert graphs
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_deterministic_algorithms_are_used_and_set_back():
     model, data = task()
     seen = []

@@ -292,13 +292,23 @@ def _compiled(chain: Chain, compile: bool | str | Callable[..., Any]) -> Iterato
     before = [vars(block).get(ENTRY) for block in chain.blocks]
     try:
         for block in chain.blocks:
-            block.compile(**({} if compile is True else {"backend": compile}))
+            vars(block)[ENTRY] = _compiled_call(block, **({} if compile is True else {"backend": compile}))
         yield
     finally:
         for block, entry in zip(chain.blocks, before, strict=True):
             vars(block).pop(ENTRY, None)
             if entry is not None:
                 vars(block)[ENTRY] = entry
+
+
+def _compiled_call(block: nn.Module, **settings: Any) -> Callable[..., Any]:
+    """A block's call, compiled; ``block.compile`` passes over modules whose forward is torch's own (nn.Sequential)."""
+    own: Any = block
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return own._call_impl(*args, **kwargs)
+
+    return torch.compile(call, **settings)
 
 
 def _save_weights(run: Run) -> None:
