@@ -376,3 +376,17 @@ def test_small_batches_and_models_of_one_batch_size_are_taken():
     hp.train(LeNet(norm=True), [images(2)], algorithm=AlternatingMinimization())
     fixed = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Unflatten(0, (6, 1)), nn.Flatten(), nn.Linear(4, 3))
     hp.train(fixed, batches(1, rows=6), algorithm=AlternatingMinimization())
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("proximal", [True, False])
+def test_memories_of_inputs_that_were_hardly_active_do_not_blow_up(seed, proximal):
+    """Nearly dead ReLUs of the first batches: a whole step to their least squares is not finite after some more."""
+    torch.manual_seed(seed)
+    widths = [(64, 64), (64, 64), (64, 64)]
+    model = nn.Sequential(*(part for pair in widths for part in (nn.Linear(*pair), nn.ReLU())), nn.Linear(64, 10))
+    train, val = digits()
+    data = DataLoader(train, batch_size=100, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    method = AlternatingMinimization(memory=True, code_steps=3, proximal=proximal)
+    result = hp.train(model, data, val_data=val, algorithm=method, epochs=2, progress=False)
+    assert result.val_metrics["accuracy"] > 0.5

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from horizonplan.algorithms.code_layers import RECURRENT, cell_weights
 from horizonplan.chain import ChainError
 
+LONGEST = 0.2  # of a column's length: one step (docs/log.md has what happens without)
+
 
 def coordinate_descent(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """One sweep over the columns: ``W_j += (B_j - W A_j) / A_jj``, each with the columns before it as they are now.
@@ -74,8 +76,18 @@ class Memory(nn.Module):
         self.b *= decay
 
     def fitted(self, layer: nn.Module) -> Tensor:
-        """The layer's weights and bias after one sweep over their columns, for :func:`write`."""
-        return coordinate_descent(_weight(layer).to(self.a.dtype), self.a, self.b)
+        """The layer's weights and bias after one sweep over their columns, for :func:`write`.
+
+        No column moves further than ``LONGEST`` of its length, or of the columns' usual one. An input that has hardly
+        been active yet asks for a step without bounds, which is right for what was seen and wrong for what comes. The
+        bound is relative, so that inputs of any scale are fitted, in more sweeps.
+        """
+        weight = _weight(layer).to(self.a.dtype)
+        step = coordinate_descent(weight, self.a, self.b) - weight
+        lengths = weight.norm(dim=0)
+        room = LONGEST * torch.maximum(lengths, lengths.square().mean().sqrt())
+        moved: Tensor = weight + step * (room / step.norm(dim=0).clamp_min(torch.finfo(step.dtype).tiny)).clamp(max=1.0)
+        return moved
 
     def finite(self) -> bool:
         """Whether all that is remembered is."""
