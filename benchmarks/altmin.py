@@ -12,8 +12,6 @@ benchmarks/results/altmin/cells.json.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import complete, load
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn import functional as F
@@ -309,23 +308,10 @@ def cells(found: dict[str, Any]) -> Iterator[tuple[str, Callable[[], dict[str, A
                 yield f"codes {network} {code_lr} {seed}", partial(code_rate, network, code_lr, seed)
 
 
-def load() -> dict[str, Any]:
-    return json.loads(CELLS.read_text()) if CELLS.exists() else {}
-
-
 def run() -> None:
     torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    found = load()
-    for name, measure in cells(found):
-        if name in found:
-            continue
-        start = time.process_time()
-        found[name] = {**measure(), "cpu_seconds": round(time.process_time() - start, 1)}
-        beside = CELLS.with_suffix(".new")
-        beside.write_text(json.dumps(found, indent=1))
-        os.replace(beside, CELLS)
-        print(name, {k: v for k, v in found[name].items() if k != "early"}, flush=True)
+    found = load(CELLS)
+    complete(CELLS, found, cells(found), hidden="early")
 
 
 def spread(values: list[float]) -> str:
@@ -333,7 +319,7 @@ def spread(values: list[float]) -> str:
 
 
 def report() -> None:
-    found = load()
+    found = load(CELLS)
     for network, (_, methods) in NETWORKS.items():
         print(f"\n{network}\n{'':<20}{'rate':>7}{'final':>22}{'after 10':>10}{'after 50':>10}{'moved':>8}{'seeds':>7}")
         for method in methods:

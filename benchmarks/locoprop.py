@@ -14,9 +14,7 @@ benchmarks/results/locoprop/cells.json.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import Any
 
 import optuna
 import torch
+from cells import complete, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -207,7 +206,7 @@ def tune(size: str, activation: str, search: Search) -> dict[str, Any]:
 
 
 def tuned(size: str, activation: str, name: str, search: Search, seed: int) -> dict[str, Any]:
-    settings = load()[f"tune {size} {activation} {name}"]["settings"]
+    settings = load(CELLS)[f"tune {size} {activation} {name}"]["settings"]
     return run(size, activation, search(optuna.trial.FixedTrial(settings)), seed)
 
 
@@ -221,27 +220,14 @@ def cells() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 yield f"run {size} {activation} {name} {seed}", partial(tuned, size, activation, name, search, seed)
 
 
-def load() -> dict[str, Any]:
-    return json.loads(CELLS.read_text()) if CELLS.exists() else {}
-
-
 def measure() -> None:
     torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, call in cells():
-        found = load()
-        if name in found:
-            continue
-        start = time.process_time()
-        found[name] = {**call(), "cpu_seconds": round(time.process_time() - start, 1)}
-        beside = CELLS.with_suffix(".new")
-        beside.write_text(json.dumps(found, indent=1))
-        os.replace(beside, CELLS)
-        print(name, {k: v for k, v in found[name].items() if k != "curve"}, flush=True)
+    found = load(CELLS)
+    complete(CELLS, found, cells(), hidden="curve")
 
 
 def report() -> None:
-    found = load()
+    found = load(CELLS)
     for size, activation in PROBLEMS:
         print(f"\n{size}, {activation}")
         problem(found, f"{size} {activation}")

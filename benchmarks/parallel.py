@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cells import complete, load
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -192,26 +193,10 @@ def cells() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             yield f"train {name} 64 {method} 1", partial(train, name, 64, method, 1)
 
 
-def load() -> dict[str, Any]:
-    return json.loads(CELLS.read_text()) if CELLS.exists() else {}
-
-
 def run() -> None:
     torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, job in cells():
-        found = load()
-        if name in found:
-            continue
-        before = os.times()
-        found[name] = job()
-        after = os.times()
-        busy = sum(after[:4]) - sum(before[:4])
-        found[name]["cpu_seconds"] = round(busy, 1)
-        beside = CELLS.with_suffix(".new")
-        beside.write_text(json.dumps(found, indent=1))
-        os.replace(beside, CELLS)
-        print(name, found[name].get("accuracy", [""])[-1], f"{busy:.1f} s", flush=True)
+    found = load(CELLS)
+    complete(CELLS, found, cells(), hidden="rounds")
 
 
 def best(cell: dict[str, Any], method: str) -> tuple[float, float]:
@@ -221,7 +206,7 @@ def best(cell: dict[str, Any], method: str) -> tuple[float, float]:
 
 
 def report() -> None:
-    found = load()
+    found = load(CELLS)
     print(
         "milliseconds a step: wall, least of the rounds (CPU of the busier process); speed-up over serial SGD by both"
     )

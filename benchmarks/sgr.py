@@ -12,8 +12,6 @@ methods. Each cell (an accuracy, or a cost) is one entry of benchmarks/results/s
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import complete, load
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -234,27 +233,14 @@ def cells() -> Iterator[tuple[str, Callable[[], dict]]]:
             yield f"vit {name} {seed}", partial(accuracy, vit, method, adam, seed)
 
 
-def load() -> dict[str, Any]:
-    return json.loads(CELLS.read_text()) if CELLS.exists() else {}
-
-
 def run() -> None:
     torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, measure in cells():
-        found = load()
-        if name in found:
-            continue
-        start = time.process_time()
-        found[name] = {**measure(), "cpu_seconds": round(time.process_time() - start, 1)}
-        beside = CELLS.with_suffix(".new")
-        beside.write_text(json.dumps(found, indent=1))
-        os.replace(beside, CELLS)
-        print(name, {k: v for k, v in found[name].items() if k != "rows"}, flush=True)
+    found = load(CELLS)
+    complete(CELLS, found, cells(), hidden="rows")
 
 
 def report() -> None:
-    found = load()
+    found = load(CELLS)
     for network in ("resnet", "vit", "plain", *(f"vgg{d}" for d in DEPTHS)):
         cost = found.get(f"cost {network}", {})
         names = dict.fromkeys([c.split(" ", 1)[1].rsplit(" ", 1)[0] for c in found if c.startswith(network + " ")])

@@ -11,19 +11,18 @@ benchmarks/results/sgr/minilm.json.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from cells import complete, load
 from torch.utils.data import DataLoader
 
 import horizonplan as hp
@@ -50,7 +49,6 @@ def measured(make: Callable[[], Algorithm], seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, method = lora_minilm.Classifier(2), make()
     order = DataLoader(train, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    start = time.process_time()
     result = hp.train(
         model, order, algorithm=method, optimizer=lora_minilm.optimizer, val_data=held, seed=seed, progress=False
     )
@@ -61,13 +59,7 @@ def measured(make: Callable[[], Algorithm], seed: int) -> dict[str, Any]:
         "majority": lora_minilm.majority(train, held),
         "bytes": result.peak_bytes,
         "modules": [b - a for a, b in pairwise(bounds)],
-        "cpu_seconds": round(time.process_time() - start, 1),
     }
-
-
-def load() -> dict[str, Any]:
-    """The runs that there are, by name and seed."""
-    return json.loads(RUNS.read_text()) if RUNS.exists() else {}
 
 
 def run() -> None:
@@ -75,20 +67,15 @@ def run() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    found = load(RUNS)
     for seed in SEEDS:
         for name, make in METHODS.items():
-            found = load()
-            if f"{name} {seed}" not in found:
-                found[f"{name} {seed}"] = measured(make, seed)
-                beside = RUNS.with_suffix(".new")
-                beside.write_text(json.dumps(found, indent=1) + "\n")
-                os.replace(beside, RUNS)
-                print(name, seed, found[f"{name} {seed}"], flush=True)
+            complete(RUNS, found, [(f"{name} {seed}", partial(measured, make, seed))], hidden="")
 
 
 def report() -> None:
     """One line a method: means over seeds, the accuracy with its range."""
-    found = load()
+    found = load(RUNS)
     print(f"{'':<18}{'accuracy':>22}{'seeds':>7}{'loss':>7}{'peak MiB':>10}{'CPU s':>7}  modules")
     for name in METHODS:
         rows = [found[key] for seed in SEEDS if (key := f"{name} {seed}") in found]
