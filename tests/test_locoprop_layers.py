@@ -4,27 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from locoprop_oracle import Functional
 from torch import nn
 from torch.nn import functional as F
 
 import horizonplan as hp
 from horizonplan.algorithms import Horizon, LocoProp
 from horizonplan.chain import ChainError
-
-
-class Functional(nn.Module):
-    """Blocks without modules for their activations."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.head = nn.Linear(6, 3)
-        self.function = function
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = self.function(block(x))
-        return self.head(x)
 
 
 def batch(rows=8, width=6):

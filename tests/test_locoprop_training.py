@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from locoprop_oracle import Functional
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,21 +54,6 @@ def test_with_all_defaults_it_learns_the_digits_however_they_are_prepared(how, r
 @pytest.mark.parametrize("variant", ["S", "PocoS", "PocoM"])
 def test_the_other_variants_learn_them_too(variant):
     assert accuracy("standardised", 128, 0, variant=variant) > 0.85
-
-
-class Functional(nn.Module):
-    """Blocks without modules for their activations."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.head = nn.Linear(6, 3)
-        self.function = function
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = self.function(block(x))
-        return self.head(x)
 
 
 def batch():
