@@ -207,5 +207,5 @@ def refuse_not_finite(loss: Tensor, norm: Tensor) -> None:
     """
     if wrong := not_finite(loss, norm):
         raise FloatingPointError(
-            f"{wrong}: check the data, lower the learning rate or clip; this process's weights were not updated."
+            f"{wrong}: check the data, lower the learning rate; this process's weights were not updated."
         )

@@ -106,13 +106,15 @@ class Attempts:
         where = f"epoch {run.epoch}, step {run.step}: {wrong}"
         run.log.event("nonfinite", step=run.step, what=wrong, policy=policy)
         run.faults += 1
+        clip = " or clip" if "max_grad_norm" in method.honours else ""
+        remedy = f"check the data, lower the learning rate{clip}"
         if policy == "raise":
             late = run.stepper.fuse or not isinstance(method, GradientMethod)
             done = "weights may have been updated before it was known" if late else "the weights were not updated"
-            raise FloatingPointError(f"{where}: check the data, lower the learning rate or clip; {done}.")
+            raise FloatingPointError(f"{where}: {remedy}; {done}.")
         if run.faults > self.options.max_nonfinite:
             bound = f"fault {run.faults} with max_nonfinite={self.options.max_nonfinite}"
-            raise FloatingPointError(f"{where}, which is {bound}: check the data, lower the learning rate or clip.")
+            raise FloatingPointError(f"{where}, which is {bound}: {remedy}.")
         if policy == "rollback":
             assert run.run_dir is not None
             found = state.find(run.run_dir, run.stepper.team)
